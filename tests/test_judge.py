@@ -1,0 +1,78 @@
+"""How errors are judged, and that memory is poisoned: what must not slip through."""
+
+import pytest
+import torch
+
+from glabench.oracle import TOLERANCES, WORST, compare, poisoned_memory
+
+
+@pytest.fixture
+def want():
+    return torch.randn(2, 500, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_rounding_alone_is_ok(want, dtype, torch_dtype):
+    error = compare("out", want.to(torch_dtype), want, dtype)
+    assert error.ok and error.reason == ""
+    assert 0 < error.rms_ratio < error.tol_ratio == TOLERANCES["out", dtype]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda x: x[:, :-1], "shape [2, 499, 3, 8] is not [2, 500, 3, 8]"),
+        (lambda x: x.half(), "dtype float16 is not float32"),
+        (lambda x: None, "no tensor but NoneType"),
+        (lambda x: x * 1.01, "relative RMS error 1.0e-02 is above 2e-05"),
+        (lambda x: x.index_fill(1, torch.tensor([7]), torch.nan), "NaN or infinity in 48 of 24000 elements"),
+        (lambda x: x.index_fill(1, torch.tensor([7]), torch.inf), "NaN or infinity in 48 of 24000 elements"),
+    ],
+    ids=["shape", "dtype", "missing", "scaled", "nan", "inf"],
+)
+def test_faults_are_named(want, spoil, reason):
+    error = compare("out", spoil(want.float()), want, "fp32")
+    assert not error.ok
+    assert error.reason == reason
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_wrong_token_shows_at_any_length(dtype):
+    want = torch.randn(1, 32768, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = want.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    got[:, -1] = 0
+    error = compare("out", got, want, dtype)
+    assert not error.ok
+    assert error.worst_ratio > WORST[dtype]
+
+
+def test_a_small_row_is_judged_by_the_tensors_size(want):
+    want[:, 0] = 1e-12  # where exact terms cancel, rounding of the rest is no error
+    got = want.float()
+    got[:, 0] = 1e-9
+    assert compare("out", got, want, "fp32").ok
+
+
+def test_the_floor_stands_in_for_a_vanishing_gradient():
+    want = torch.zeros(4, 4, dtype=torch.float64)
+    got = torch.full((4, 4), 1e-7)
+    assert not compare("g", got, want, "fp32").ok
+    assert compare("g", got, want, "fp32", floor=1.0).ok
+
+
+def test_states_stay_float32_for_16_bit_inputs(want):
+    assert compare("final_state", want.float(), want, "bf16").ok
+    assert not compare("final_state", want.bfloat16(), want, "bf16").ok
+
+
+def test_no_elements_are_no_error():
+    assert compare("out", torch.zeros(1, 0, 2, 3), torch.zeros(1, 0, 2, 3, dtype=torch.float64), "fp32").ok
+
+
+def test_poison_fills_fresh_memory_and_goes_away():
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+        assert torch.empty_like(torch.ones(10, dtype=torch.float64)).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+    assert not torch.full((3,), 1.0).isnan().any()

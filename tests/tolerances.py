@@ -1,0 +1,24 @@
+"""The only place with tolerances: the product's own table, and equality of float64 forms."""
+
+from glabench.oracle import TOLERANCES, WORST, compare
+
+__all__ = ("EXACT", "TOLERANCES", "WORST", "assert_close", "difference")
+
+EXACT = 1e-9  # two float64 forms of one function, relative RMS
+
+
+def assert_close(name, got, want, dtype, floor=0.0):
+    """`got` is within the product's tolerance of float64 `want`."""
+    error = compare(name, got, want, dtype, floor)
+    assert error.ok, f"{name} {dtype}: {error.reason}"
+
+
+def difference(got, want):
+    """Relative RMS difference of two tensors, or the largest of two answers'; NaN is never below a limit."""
+    if hasattr(want, "gradients"):
+        assert got.gradients.keys() == want.gradients.keys()
+        pairs = [(got.out, want.out), *((got.gradients[n], want.gradients[n]) for n in want.gradients)]
+        pairs += [] if want.final_state is None else [(got.final_state, want.final_state)]
+        return max((difference(a, b) for a, b in pairs), key=lambda d: (d != d, d))
+    assert got.shape == want.shape
+    return ((got - want).double().norm() / want.double().norm().clamp_min(1e-30)).item()
