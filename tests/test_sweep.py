@@ -1,0 +1,191 @@
+"""Whole runs of the command: faults cost their own cells, a killed run goes on, files are respected."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FAULTY = Path(__file__).with_name("faulty_impls.py")
+GOOD = "gla_chunk_torch"
+SMALL = ("--device", "cpu", "--seqlen", "128,256", "--passes", "fwd")
+
+
+def glabench(*words, cwd, **more):
+    command = [sys.executable, "-m", "glabench", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=180, **more)
+
+
+def rows(folder, name="rows.csv"):
+    with (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_four_families_are_measured_and_the_rows_say_what_made_them(tmp_path):
+    done = glabench("speed", *SMALL, "--passes", "fwd,fwd_bwd", "--out", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = rows(tmp_path / "out")
+    assert len(made) == 4 * 2 * 2 and {r["status"] for r in made} == {"ok"}
+    assert {r["family"] for r in made} == {"gla", "attention", "mamba", "retention"}
+    (run,) = json.loads((tmp_path / "out" / "run.json").read_text())["runs"]
+    assert {r["env"] for r in made} == {run["id"]} and run["finished_utc"]
+    for row in made:
+        assert float(row["time_lo_ms"]) <= float(row["time_ms"]) <= float(row["time_hi_ms"])
+        assert float(row["err_ratio"]) <= float(row["tol_ratio"]) and float(row["checked_frac"]) == 1.0
+        assert float(row["cold_start_ms"]) > 0 and float(row["floor_ms"]) > 0 and int(row["reps"]) >= 6
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [sum(map(len, s["samples_ms"])) for s in samples] == [int(r["reps"]) for r in made]
+    assert "gla -> gla_chunk_torch" in done.stderr
+
+
+def test_memory_splits_into_what_it_is_for(tmp_path):
+    done = glabench(
+        "memory", "--device", "cpu", "--seqlen", "4k", "--impl", "gla", "--out", "out", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    made = {r["passes"]: r for r in rows(tmp_path / "out", "memory.csv")}
+    assert set(made) == {"fwd", "fwd_bwd"}
+    for row in made.values():
+        assert float(row["extra_mem_mib"]) > 0 and float(row["predicted_mib"]) > 0 and row["meter"]
+    assert float(made["fwd_bwd"]["extra_mem_mib"]) > float(made["fwd"]["extra_mem_mib"])
+
+
+def test_a_fault_costs_its_own_cells_and_the_exit_code_says_so(tmp_path):
+    impls = f"{GOOD},{FAULTY}:gla_wrong,{FAULTY}:gla_raises,{FAULTY}:gla_exits"
+    done = glabench("speed", *SMALL, "--impl", impls, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    made = rows(tmp_path / "out")
+    assert len(made) == 2 * 4
+    status = {(r["impl"], r["seqlen"]): r["status"] for r in made}
+    for seqlen in ("128", "256"):
+        assert status[GOOD, seqlen] == "ok"
+        assert status["faulty_impls:gla_wrong", seqlen] == "wrong"
+        assert status["faulty_impls:gla_raises", seqlen] == "error"
+        assert status["faulty_impls:gla_exits", seqlen] == "crashed"
+    assert all(bool(r["reason"]) != bool(r["time_ms"]) for r in made)
+    assert len((tmp_path / "out" / "rows.csv").read_text().splitlines()) == len(made) + 1
+
+
+def test_a_hang_is_cut_at_the_limit_and_longer_sequences_are_written_off(tmp_path):
+    words = ("--impl", f"{FAULTY}:gla_sleeps", "--cell-limit", "2", "--cold-limit", "2", "--out", "out")
+    started = time.perf_counter()
+    done = glabench("speed", *SMALL, *words, cwd=tmp_path)
+    assert time.perf_counter() - started < 60
+    short, long = rows(tmp_path / "out")
+    assert (short["status"], long["status"]) == ("timeout", "timeout") and done.returncode == 0
+    assert "2" in short["reason"] and long["reason"] == "skipped: timeout at seqlen 128, batch 1"
+
+
+def sweep_until_a_row_then_kill(folder):
+    """Start a sweep, `kill -9` it in the middle, and return the rows it left."""
+    command = [sys.executable, "-m", "glabench", "speed", *SMALL, "--seqlen", "128..2k", "--out", "out"]
+    parent = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.perf_counter() + 120
+    path = folder / "out" / "rows.csv"
+    while time.perf_counter() < deadline and (not path.exists() or len(path.read_text().splitlines()) < 6):
+        time.sleep(0.02)
+    os.kill(parent.pid, signal.SIGKILL)
+    assert parent.wait() == -signal.SIGKILL, "the sweep ended before it could be killed"
+    return rows(folder / "out")
+
+
+def test_a_killed_sweep_goes_on_with_no_cell_lost_or_repeated(tmp_path):
+    before = sweep_until_a_row_then_kill(tmp_path)
+    words = ("speed", *SMALL, "--seqlen", "128..2k", "--out", "out", "--resume")
+    done = glabench(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = rows(tmp_path / "out")
+    assert 0 < len(before) < len(after) == 5 * 4
+    assert after[: len(before)] == before
+    assert len({(r["impl"], r["case"]) for r in after}) == len(after) and {r["replicate"] for r in after} == {
+        "0"
+    }
+    again = glabench(*words, "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["rows"] == [] and rows(tmp_path / "out") == after
+
+
+def test_a_torn_line_is_named_and_its_cell_measured_again(tmp_path):
+    words = ("speed", *SMALL, "--impl", "retention", "--out", "out")
+    assert glabench(*words, cwd=tmp_path).returncode == 0
+    path = tmp_path / "out" / "rows.csv"
+    path.write_bytes(path.read_bytes()[:-40])
+    done = glabench(*words, "--resume", cwd=tmp_path)
+    assert "cut a torn last line" in done.stderr
+    assert [r["seqlen"] for r in rows(tmp_path / "out")] == ["128", "256"]
+
+
+def test_without_resume_a_second_run_is_a_replicate(tmp_path):
+    words = ("speed", *SMALL, "--impl", "retention", "--out", "out")
+    assert [glabench(*words, cwd=tmp_path).returncode for _ in range(2)] == [0, 0]
+    assert [r["replicate"] for r in rows(tmp_path / "out")] == ["0", "0", "1", "1"]
+
+
+def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rows.csv").write_text("name,ms\nx,1\n")
+    done = glabench("speed", *SMALL, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "not this version's" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "rows.csv").read_text() == "name,ms\nx,1\n"
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.argv = ["glabench", *sys.argv[1:]]
+from glabench.cli import main
+main()
+"""
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_rows(tmp_path):
+    """The file size limit makes every write past 4 KiB fail as on a full disk."""
+    command = [
+        sys.executable,
+        "-c",
+        FULL,
+        "speed",
+        *SMALL,
+        "--seqlen",
+        "128..4k",
+        "--impl",
+        "retention",
+        "--out",
+        "out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
+    assert done.returncode == 2 and "--resume" in done.stderr and "Traceback" not in done.stderr
+    kept = rows(tmp_path / "out")
+    assert kept and {r["status"] for r in kept} == {"ok"}
+    resumed = glabench(
+        "speed",
+        *SMALL,
+        "--seqlen",
+        "128..4k",
+        "--impl",
+        "retention",
+        "--out",
+        "out",
+        "--resume",
+        cwd=tmp_path,
+    )
+    assert resumed.returncode == 0 and len(rows(tmp_path / "out")) == 6
+
+
+@pytest.mark.slow
+def test_the_default_command_gives_four_families_that_grow_as_they_should(tmp_path):
+    started = time.perf_counter()
+    done = glabench("speed", "--device", "cpu", "--seqlen", "1k..16k", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0 and time.perf_counter() - started < 180
+    time_ms = {
+        (r["family"], r["passes"], int(r["seqlen"])): float(r["time_ms"]) for r in rows(tmp_path / "out")
+    }
+    assert len(time_ms) == 4 * 2 * 5
+    for family in ("gla", "mamba", "retention"):
+        assert 1.5 < time_ms[family, "fwd_bwd", 16384] / time_ms[family, "fwd_bwd", 8192] < 2.8
+    assert 3.2 < time_ms["attention", "fwd_bwd", 16384] / time_ms["attention", "fwd_bwd", 8192] < 5.0
