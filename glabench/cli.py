@@ -1,0 +1,277 @@
+"""The command line: parse, call a runner, print. No logic."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from glabench.errors import DONE, RESULT_SAYS_NO, GlabenchError
+
+INTERRUPTED = 130
+
+
+class Group(TyperGroup):
+    """Turns a GlabenchError into one line on stderr and exit code 2; `--debug` keeps the traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GlabenchError as err:
+            if ctx.params.get("debug"):
+                raise
+            if "--json" in sys.argv:
+                print_json({"error": {"what": err.what, "where": err.where, "fix": err.fix}})
+            else:
+                typer.echo(f"error: {err}", err=True)
+            raise typer.Exit(err.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo(
+                "interrupted: the rows so far are safe; the same command with --resume goes on", err=True
+            )
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Group,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Honest benchmarks of gated linear attention and the layers it is compared with.",
+    epilog="Example: glabench speed --seqlen 1k..16k",
+)
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=1))
+
+
+def main() -> None:
+    """Entry point of `glabench` and `python -m glabench`."""
+    app(prog_name="glabench")
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from glabench import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Impl = Annotated[
+    str,
+    typer.Option(
+        help="Families (the best one that runs here), ids, or FILE.py:FUNCTION; separated by commas."
+    ),
+]
+FamilyOf = Annotated[str, typer.Option("--family", help="What a FILE.py:FUNCTION computes.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the rows; default results/SUITE/DEVICE.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Skip the cells that the last run finished.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the cells, their memory and the time; measure nothing.")
+]
+CellLimit = Annotated[float | None, typer.Option(help="Seconds a cell may take, compilation apart.")]
+ColdLimit = Annotated[float | None, typer.Option(help="Seconds compilation and autotuning may take a cell.")]
+Seqlen = Annotated[str, typer.Option(help="Lengths: 1k..16k (doubling), or 512,1k,3000.")]
+ShapeName = Annotated[
+    str, typer.Option("--shape", help="cpu, 340m, 1.3b or fig2, or several; default by device.")
+]
+Passes = Annotated[str, typer.Option(help="fwd, bwd, fwd_bwd; separated by commas.")]
+Tokens = Annotated[str, typer.Option(help="Tokens a call: the batch is this over the length.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences a call, instead of --tokens.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; default by device.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the inputs and of the visiting order.")]
+
+
+@app.command("list", epilog="Example: glabench list --family gla")
+def list_(
+    family: Annotated[str, typer.Option(help="Only this family.")] = "",
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Every implementation, what a family's name resolves to, and why one cannot run here."""
+    from glabench.runners import listing
+
+    entries = listing.entries(device, family or None)
+    if json_:
+        print_json(entries)
+    else:
+        listing.show(entries)
+
+
+@app.command(epilog="Example: glabench verify gla_chunk_torch mamba_torch")
+def verify(
+    impls: Annotated[
+        list[str] | None, typer.Argument(help="Families, ids or files; default: all that run here.")
+    ] = None,
+    impl: Annotated[str, typer.Option(help="The same, separated by commas.")] = "",
+    family: FamilyOf = "",
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Compare implementations with the float64 oracle; exit code 1 where one is off."""
+    from glabench.runners import verifying
+
+    names = (*(impls or ()), *(n for n in impl.split(",") if n))
+    report = verifying.verify(names, device=device, family=family or None, say=say)
+    if json_:
+        print_json(report)
+    else:
+        verifying.show(report)
+    raise typer.Exit(DONE if report["ok"] else RESULT_SAYS_NO)
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _finish(request: Any, *, dry_run: bool, json_: bool) -> None:
+    from glabench import progress
+    from glabench.runners import measuring
+
+    measuring.tell_resolved(request, say)
+    if dry_run:
+        plan = measuring.plan(request)
+        if json_:
+            print_json(plan)
+        else:
+            measuring.show_plan(plan)
+        return
+    with progress.watch() as watch:
+        done = measuring.run(request, watch)
+    if json_:
+        print_json(done)
+    else:
+        measuring.show_rows(done)
+    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
+
+
+def measure_grid(
+    ctx: typer.Context,
+    seqlen: Seqlen = "1k..16k",
+    impl: Impl = "gla,attention,mamba,retention",
+    family: FamilyOf = "",
+    shape: ShapeName = "",
+    passes: Passes = "fwd,fwd_bwd",
+    tokens: Tokens = "",
+    batch: Batch = None,
+    dtype: Dtype = "",
+    device: Device = "auto",
+    cell_limit: CellLimit = None,
+    cold_limit: ColdLimit = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    from glabench.runners import measuring
+
+    request = measuring.from_grid(
+        ctx.info_name,
+        {
+            "seqlen": seqlen,
+            "shape": shape,
+            "passes": passes,
+            "tokens": tokens,
+            "batch": batch,
+            "dtype": dtype,
+        },
+        argv=sys.argv[1:],
+        impl=impl,
+        family=family or None,
+        device=device,
+        limits={"cell_limit_s": cell_limit, "cold_limit_s": cold_limit},
+        out=out,
+        resume=resume,
+        seed=seed,
+    )
+    _finish(request, dry_run=dry_run, json_=json_)
+
+
+app.command(
+    "speed",
+    help="Time implementations against sequence length, each checked before it is timed.",
+    epilog="Example: glabench speed --seqlen 1k..16k",
+)(measure_grid)
+app.command(
+    "memory",
+    help="Measure peak memory beyond the inputs: outputs, what backward keeps, workspace.",
+    epilog="Example: glabench memory --seqlen 1k..16k --passes fwd_bwd",
+)(measure_grid)
+
+
+@app.command(epilog="Example: glabench run suites/quick.toml")
+def run(
+    suite: Annotated[str, typer.Argument(help="A .toml file, or the name of a shipped suite.")],
+    impl: Annotated[str, typer.Option(help="Instead of the suite's implementations.")] = "",
+    family: FamilyOf = "",
+    device: Device = "auto",
+    cell_limit: CellLimit = None,
+    cold_limit: ColdLimit = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Run a suite: the cells that a TOML file names, speed and memory."""
+    from glabench.runners import measuring
+
+    request = measuring.from_suite(
+        suite,
+        argv=sys.argv[1:],
+        impl=impl,
+        family=family or None,
+        device=device,
+        limits={"cell_limit_s": cell_limit, "cold_limit_s": cold_limit},
+        out=out,
+        resume=resume,
+    )
+    _finish(request, dry_run=dry_run, json_=json_)
+
+
+@app.command(epilog="Example: glabench report results --out reports")
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of results; every suite and device below it.")
+    ] = Path("results"),
+    out: Annotated[Path, typer.Option(help="Where the figures and index.html go.")] = Path("reports"),
+    json_: Json = False,
+) -> None:
+    """Draw the figures of a folder of results, and one self-contained page of them."""
+    from glabench import report as page
+
+    written = page.build(folder, out)
+    if json_:
+        print_json({"page": str(written)})
+    else:
+        typer.echo(f"wrote {written}")
+
+
+@app.command(epilog="Example: glabench doctor")
+def doctor(device: Device = "auto", json_: Json = False) -> None:
+    """Say what this machine is, what it reaches, and what would spoil a timing here."""
+    from glabench.runners import doctor as checks
+
+    findings = checks.examine(device)
+    if json_:
+        print_json(findings)
+    else:
+        checks.show(findings)
+    raise typer.Exit(DONE if findings["ok"] else RESULT_SAYS_NO)

@@ -1,0 +1,83 @@
+"""What a sweep is asked for, and what it keeps of one implementation at one grid point."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from glabench import env
+from glabench.cases import Case, arm_of
+from glabench.errors import UsageError
+from glabench.registry import Implementation
+from glabench.results import Row
+from glabench.suite import Suite
+
+
+class Watch(Protocol):
+    """What a sweep tells whoever looks on."""
+
+    def begin(self, cells: int) -> None: ...
+
+    def now(self, impl: str, case: Case, phase: str) -> None: ...
+
+    def row(self, row: Row) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked: a suite, the arms already resolved, where, and how to go on."""
+
+    suite: Suite
+    verbs: tuple[str, ...]
+    impls: tuple[Implementation, ...]
+    asked: tuple[str, ...]  # the words they were asked for by
+    device: str
+    out: Path | None  # None: results/<suite>/<device>
+    resume: bool = False
+    argv: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return self.device.split(":")[0]
+
+    def folder(self, slug: str) -> Path:
+        return self.out or Path("results") / self.suite.name / slug
+
+
+@dataclass
+class Arm:
+    """One implementation at one grid point."""
+
+    impl: Implementation
+    case: Case
+    verbs: tuple[str, ...]  # those whose row is still to be made
+    started_utc: str = field(default_factory=env.now_utc)
+    busy_s: float = 0.0
+    prepared: dict[str, Any] = field(default_factory=dict)
+    visits: list[dict[str, Any]] = field(default_factory=list)
+    failure: tuple[str, str] | None = None
+
+
+def known_failure(impl: Implementation, case: Case, device: str) -> tuple[str, str] | None:
+    """(status, reason) where `impl` cannot run `case` on `device`, known without running it."""
+    reason = impl.unavailable(device)
+    if reason:
+        return "unavailable", reason
+    try:
+        arm_of(impl.family, case)
+    except UsageError as err:
+        return "unsupported", err.what
+    reason = impl.unsupported(asdict(case), device)
+    return ("unsupported", reason) if reason else None
+
+
+def most_to_compile(arm: Arm) -> tuple[bool, int]:
+    """Sorts the case with a backward pass, then the shortest, to the front."""
+    return arm.case.passes == "fwd", arm.case.seqlen
+
+
+def series(arm: Arm) -> tuple[str, ...]:
+    """What stays the same while seqlen grows: an arm that ran out of memory once will again."""
+    case = arm.case
+    return (arm.impl.id, case.shape, case.passes, case.dtype, str(case.heads), str(case.d_k), str(case.d_v))
