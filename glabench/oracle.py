@@ -99,13 +99,14 @@ class Answer:
     """What a call must give, in float64.
 
     `floors` holds, for gradients that are small differences of large terms (a gate's, where nothing is
-    carried on), the RMS of those terms: errors are measured against it where the gradient is smaller.
+    carried on; a query's, where one key has all the weight), the RMS of those terms, of the tensor or of
+    each row [..., 1]: errors are measured against it where the gradient is smaller.
     """
 
     out: Tensor
     final_state: Tensor | None
     gradients: dict[str, Tensor]
-    floors: dict[str, float] = field(default_factory=dict)
+    floors: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 def reference(
@@ -165,8 +166,10 @@ def _attention(exact, d_out, positions, *, scale, literal) -> Answer:
         gradients = () if d_out is None else torch.autograd.grad(out, leaves, d_out)
     floors = {}
     if d_out is not None:  # dq and dk are differences from each row's mean, zero where there is one key
-        mean = (out * (d_out if positions is None else d_out[:, positions])).sum(-1)
-        floors = {"q": scale * rms(mean) * rms(k), "k": scale * rms(mean) * rms(q)}
+        looked_at = slice(None) if positions is None else positions
+        mean = q.new_zeros(*q.shape[:3], 1)
+        mean[:, looked_at] = (out * d_out[:, looked_at]).norm(dim=-1, keepdim=True)
+        floors = {"q": scale * mean * rms(k), "k": scale * rms(mean) * rms(q)}
     return Answer(out.detach(), None, dict(zip(exact, gradients, strict=False)), floors)
 
 
@@ -283,7 +286,7 @@ class Error:
     reason: str = ""
 
 
-def compare(name: str, got: Tensor | None, want: Tensor, dtype: str, floor: float = 0.0) -> Error:
+def compare(name: str, got: Tensor | None, want: Tensor, dtype: str, floor: float | Tensor = 0.0) -> Error:
     """Judge `got` against float64 `want`: relative RMS error, and the worst element's.
 
     An element is set against itself plus the larger of its row's RMS and the tensor's (rows run along
@@ -295,10 +298,12 @@ def compare(name: str, got: Tensor | None, want: Tensor, dtype: str, floor: floa
     if fault:
         return Error(name, None, None, tol, False, fault)
     least = 2.0**-24 if got.dtype == torch.float16 else torch.finfo(got.dtype).tiny
-    size = max(rms(want), floor, least / tol)  # below `least` a dtype has no relative precision
+    each = torch.as_tensor(floor, dtype=torch.float64, device=want.device)
+    size = max(rms(want), rms(each), least / tol)  # below `least` a dtype has no relative precision
     off = got.double().sub_(want)
     ratio = rms(off) / size
     row = want.square().mean(-1, keepdim=True).sqrt_().clamp_min_(size)
+    row = torch.maximum(row, each)
     worst = (off.abs_() / row.add(want.abs())).max().item() if off.numel() else 0.0
     if ratio > tol:
         reason = f"relative RMS error {ratio:.1e} is above {tol:.0e}"

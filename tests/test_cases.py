@@ -1,5 +1,7 @@
 """Ranges, sizes and the grid's product."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def test_bad_range_says_what_where_and_what_to_do(text, what, fix):
 def test_doubling_range_is_complete_and_ordered(first, doublings):
     values = parse_range(f"{first}..{first << doublings}", "x")
     assert values[0] == first and values[-1] == first << doublings and len(values) == doublings + 1
-    assert all(b == 2 * a for a, b in zip(values, values[1:], strict=False))
+    assert all(b == 2 * a for a, b in itertools.pairwise(values))
 
 
 def test_sizes_accept_binary_units():

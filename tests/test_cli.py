@@ -105,7 +105,8 @@ def test_nothing_heavy_is_imported_before_something_is_measured(words, tmp_path)
     code = (
         "import sys\nfrom glabench.cli import app\n"
         f"try:\n    app({list(words)!r})\nexcept SystemExit:\n    pass\n"
-        "print([m for m in ('torch', 'triton', 'transformers', 'matplotlib') if m in sys.modules], file=sys.stderr)\n"
+        "heavy = ('torch', 'triton', 'transformers', 'matplotlib')\n"
+        "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from family_calls import case
+from torch.nn.functional import scaled_dot_product_attention
 
-from glabench.oracle import TOLERANCES, WORST, compare, poisoned_memory
+from glabench.inputs import make_grad_out, make_inputs
+from glabench.oracle import TOLERANCES, WORST, compare, poisoned_memory, reference
 
 
 @pytest.fixture
@@ -76,3 +79,19 @@ def test_poison_fills_fresh_memory_and_goes_away():
         assert torch.empty_like(torch.ones(10, dtype=torch.float64)).isnan().all()
     assert torch.are_deterministic_algorithms_enabled() == before
     assert not torch.full((3,), 1.0).isnan().any()
+
+
+def test_a_query_with_one_heavy_key_is_judged_by_the_terms_that_cancel():
+    of = case(4096, batch=1, heads=1, d_v=128, dtype="bf16")
+    tensors = make_inputs("attention", of, "cpu", seed=0)
+    d_out = make_grad_out("attention", of, "cpu", seed=1)
+    tensors["q"][:, 1] = 0.45 * tensors["k"][:, 0]  # nearly all its weight: its gradient vanishes,
+    d_out[:, 1] *= 10  # the rounding of its output does not
+    want = reference("attention", tensors, d_out=d_out)
+    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in tensors.values()]
+    out = scaled_dot_product_attention(*leaves, is_causal=True)
+    (dq,) = torch.autograd.grad(out, leaves[:1], d_out.transpose(1, 2))
+    assert compare("q", dq.transpose(1, 2), want.gradients["q"], "bf16", want.floors["q"]).ok
+    wrong = dq.transpose(1, 2).clone()
+    wrong[:, 40] = wrong[:, 41]
+    assert not compare("q", wrong, want.gradients["q"], "bf16", want.floors["q"]).ok

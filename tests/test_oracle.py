@@ -95,8 +95,9 @@ def test_long_form_at_awkward_lengths(family, seqlen):
     want = oracle.reference(family, tensors, literal=True, **options)
     got = oracle.reference(family, tensors, literal=False, **options)
     for name, floor in want.floors.items():  # a single token's dq and dk are zero, up to rounding
-        if want.gradients[name].norm() < 1e-12 * floor:
-            assert got.gradients.pop(name).norm() < 1e-12 * floor
+        least = 1e-12 * torch.as_tensor(floor).max()
+        if want.gradients[name].norm() < least:
+            assert got.gradients.pop(name).norm() < least
             want.gradients.pop(name)
     assert difference(got, want) <= EXACT
 
