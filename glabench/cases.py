@@ -101,7 +101,7 @@ def arm_of(family: str, case: Case) -> Arm:
     if family == "attention":
         size = case.head_dim
         _divides(size, width, family, case)
-        return Arm(width // size, size, size, f"{width // size} heads of {size}")
+        return Arm(width // size, size, size, f"{_heads(width // size)} of {size}")
     if family == "mamba":
         inner = MAMBA_EXPAND * width
         return Arm(1, 16, inner, f"{inner} channels of 16 states")
@@ -109,8 +109,12 @@ def arm_of(family: str, case: Case) -> Arm:
         inner = MAMBA_EXPAND * width
         size = min(64, inner)
         _divides(size, inner, family, case)
-        return Arm(inner // size, 128, size, f"{inner // size} heads of {size}, 128 states")
-    return Arm(case.heads, case.d_k, case.d_v, f"{case.heads} heads of {case.d_k}x{case.d_v}")
+        return Arm(inner // size, 128, size, f"{_heads(inner // size)} of {size}, 128 states")
+    return Arm(case.heads, case.d_k, case.d_v, f"{_heads(case.heads)} of {case.d_k}x{case.d_v}")
+
+
+def _heads(count: int) -> str:
+    return f"{count} head{'s' if count > 1 else ''}"
 
 
 def _divides(size: int, width: int, family: str, case: Case) -> None:

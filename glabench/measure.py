@@ -1,4 +1,4 @@
-"""Timers: one call's device time, host time and wall time; and what the device reaches at its best.
+"""Timers: one call's device time, host time and wall time.
 
 Knows nothing of families: a call is a function without arguments. Rules and reasons: docs/METHOD.md.
 """
@@ -6,14 +6,15 @@ Knows nothing of families: a call is a function without arguments. Rules and rea
 import functools
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from glabench import nvml, stats
@@ -29,11 +30,9 @@ MAX_COPIES = 256  # input copies that a batch rotates through, at most
 SPIN_MARGIN, MAX_SPIN_MS, MAX_RETRIES = 1.2, 200.0, 8
 DETECT_SPIN_MS = 1.0  # long against the noise of the host time it is compared with
 ASYNC_FRAC, ASYNC_MS = 0.2, 0.05
+OTHERS_SHARE, LOAD_WINDOW_S = 0.1, 0.1  # of one core; the system counts in ticks of 10 ms
 THROTTLED_SHARE, FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 0.05, 2.0
 WALL_S, WALL_CALLS = 0.05, 200
-CPU_BUFFER, L3_FACTOR = 256 * 2**20, 8
-PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the square matrix product
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +104,7 @@ def _time_on_cpu(call: Call, plan: Plan) -> dict[str, Any]:
     warm, begun = [], time.perf_counter()
     while not is_warm(warm, time.perf_counter() - begun, WARM_LIMIT_S["cpu"]):
         warm.append(once())
+    others = _OtherLoad()
     samples: list[float] = []
     while not plan.enough(samples, sum(samples) / 1e3):
         samples.append(once())
@@ -123,8 +123,32 @@ def _time_on_cpu(call: Call, plan: Plan) -> dict[str, Any]:
         "power_w": None,
         "throttle": "",
         "throttled": None,
-        "shared_device": "",
+        "shared_device": others.shared(),
     }
+
+
+class _OtherLoad:
+    """How much of the cores this process may use went to other processes since this was made."""
+
+    def __init__(self) -> None:
+        self._begun = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Busy seconds of our cores, by anyone; of this process; and the clock."""
+        per_core = psutil.cpu_times(percpu=True)
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(per_core))
+        cores = [core for i, core in enumerate(per_core) if i in usable]
+        # the first eight fields: the two after them are counted in `user` and `nice` already
+        busy = sum(sum(core[:8]) - core.idle - getattr(core, "iowait", 0.0) for core in cores)
+        return busy, time.process_time(), time.perf_counter()
+
+    def shared(self) -> str:
+        """ "yes" where others took over a tenth of a core; "" where the window is too short to tell."""
+        busy, own, window = (b - a for a, b in zip(self._begun, self._now(), strict=True))
+        if window < LOAD_WINDOW_S:
+            return ""
+        return "yes" if busy - own > OTHERS_SHARE * window else "no"
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------
@@ -305,77 +329,3 @@ class _CudaTimer:
             calls[i % len(calls)]()
         torch.cuda.synchronize()
         return (time.perf_counter() - begun) / count * 1e3
-
-
-# --- ceilings ---------------------------------------------------------------------------------------------
-
-
-def ceilings(device: str, seconds: float) -> dict[str, Any]:
-    """Copy bandwidth (bytes read and written) and matrix products, `seconds` of each; event overhead.
-
-    Medians at today's clocks and TF32 flag, on random normal data: constants draw less power.
-    """
-    is_cuda = device.startswith("cuda")
-    reached: dict[str, Any] = {"copy_gb_s": _copy_gb_s(device, seconds), "matmul_tflop_s": {}}
-    side = PRODUCT["cuda" if is_cuda else "cpu"]
-    for name in ("fp32", "bf16", "fp16") if is_cuda else ("fp32",):  # a CPU's half products are emulated
-        a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
-        out = torch.empty_like(a)
-        ms = _median_ms(functools.partial(torch.mm, a, b, out=out), device, seconds)
-        reached["matmul_tflop_s"][name] = 2 * side**3 / ms / 1e9
-    if is_cuda:
-        reached["event_overhead_ms"] = _event_overhead_ms()
-        torch.cuda.empty_cache()
-    return reached
-
-
-def _copy_gb_s(device: str, seconds: float) -> float:
-    source = torch.randn(_buffer_bytes(device) // 4, device=device)
-    target = torch.empty_like(source)
-    ms = _median_ms(lambda: target.copy_(source), device, seconds)
-    return 2 * source.numel() * source.element_size() / ms / 1e6
-
-
-def _buffer_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return 8 * torch.cuda.get_device_properties(device).L2_cache_size
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii").strip()
-        wanted = L3_FACTOR * int(size.removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        return CPU_BUFFER
-    return min(CPU_BUFFER, max(wanted, CPU_BUFFER // 4))  # a server's whole L3 is shared by many
-
-
-def _median_ms(call: Call, device: str, seconds: float) -> float:
-    is_cuda = device.startswith("cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if is_cuda else (None, None)
-    times: list[float] = []
-    call()
-    call()
-    begun = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begun < seconds:
-        if is_cuda:
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            at = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - at) * 1e3)
-    return statistics.median(times)
-
-
-def _event_overhead_ms() -> float:
-    """Time between two events with nothing between them, enqueued behind a spin."""
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)
-        start.record()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)

@@ -1,7 +1,10 @@
 """When sampling stops, what a timer sees of host and device, and what the driver tells about the clock."""
 
+import dataclasses
 import gc
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -60,6 +63,20 @@ def test_a_cpu_call_is_timed_without_garbage_collection():
     assert 6 <= len(taken["samples_ms"]) <= 20 and min(taken["samples_ms"]) >= 4
     assert len(seen) >= len(taken["samples_ms"]) + measure.WARM_CALLS
     assert taken["timer"] == "perf_counter" and taken["sm_mhz"] is None
+
+
+def test_work_of_other_processes_on_our_cores_is_told():
+    cores = len(os.sched_getaffinity(0))
+    spin = "while True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(cores)]
+    try:
+        plan = dataclasses.replace(PLAN, min_samples=40, max_samples=40)
+        taken = measure.time_calls(lambda i: lambda: time.sleep(0.01), 1, plan, "cpu")
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert taken["shared_device"] == "yes"
 
 
 def time_on(gpu, call, call_bytes=10**6):

@@ -4,6 +4,7 @@ import pytest
 
 from glabench.errors import UsageError
 from glabench.registry import FAMILIES, implementations
+from glabench.runners.measuring import from_suite
 from glabench.suite import find_suite, load_suite, shipped_suites
 
 GOOD = """
@@ -115,3 +116,12 @@ def test_an_unknown_suite_gets_the_nearest_name():
     with pytest.raises(UsageError) as caught:
         load_suite("fig3", "cpu")
     assert "did you mean 'fig2'" in caught.value.fix
+
+
+def test_a_run_can_be_limited_to_some_of_the_suites_shapes(tmp_path):
+    path = write(tmp_path, GOOD.replace('"1k..2k"', '"1k..2k"\nshape = ["340m", "fig2"]'))
+    options = {"argv": (), "impl": "", "family": None, "device": "cpu", "limits": {}, "out": None}
+    kept = from_suite(str(path), shape="fig2", resume=False, **options).suite.cases
+    assert {case.shape for case in kept} == {"fig2"} and {case.seqlen for case in kept} == {1024, 2048}
+    with pytest.raises(UsageError, match=r"no shape in the suite '1\.3b'"):
+        from_suite(str(path), shape="1.3b", resume=False, **options)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glabench import cost, footprint, inputs, measure, nvml, registry
+from glabench import ceilings, cost, footprint, inputs, measure, nvml, registry
 from glabench.cases import Case
 from glabench.errors import UnavailableError
 from glabench.runners import checking, tuning, turns
@@ -314,7 +314,7 @@ def describe(args: dict[str, Any]) -> dict[str, Any]:
     is_cuda = device.startswith("cuda")
     gpu, state = _describe_gpu(device) if is_cuda else (None, None)
     return {
-        "ceilings": measure.ceilings(device, args["seconds"]),
+        "ceilings": ceilings.measure(device, args["seconds"]),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,

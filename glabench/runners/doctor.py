@@ -87,13 +87,10 @@ def _software() -> Iterator[dict[str, str]]:
     cuda = torch_cuda_version()
     yield _finding("torch", f"{installed_version('torch')}, {'CUDA ' + cuda if cuda else 'CPU build'}")
     for module in ("triton", *DISTRIBUTIONS):
-        if is_installed(module):
+        if is_installed(module) and installed_version(module) != "none":
             yield _finding(module, installed_version(module))
         else:
             yield _finding(module, "not installed", GOOD, INSTALL.get(module, ""))
-    if cuda and not is_installed("pynvml"):
-        fix = "clocks and temperature stay empty: pip install 'glabench[gpu]'"
-        yield _finding("pynvml", "not installed", WARN, fix)
 
 
 def _ceilings(outcome: Any, described: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -129,6 +126,9 @@ def _gpu(described: dict[str, Any]) -> Iterator[dict[str, str]]:
         yield _finding(
             "clocks", f"{state['sm_mhz']:.0f} MHz SM, {state.get('temp_c')} C, {state.get('power_w')} W"
         )
+    else:
+        fix = "NVML does not answer: rows will lack clock, temperature and throttling"
+        yield _finding("clocks", "unknown", WARN, fix)
     if state.get("throttle"):
         yield _finding(
             "throttling",

@@ -95,6 +95,7 @@ def from_suite(
     argv: Sequence[str],
     impl: str,
     family: str | None,
+    shape: str,
     device: str,
     limits: dict[str, float | None],
     out: Path | None,
@@ -104,6 +105,8 @@ def from_suite(
     device = env.pick_device(device)
     suite = load_suite(name, device.split(":")[0])
     suite = replace(suite, regime=_limited(suite.regime, limits))
+    if shape:
+        suite = replace(suite, cases=_of_shapes(suite, shape))
     if impl:
         arms = registry.resolve(split_names(impl, "implementation", "--impl"), device, family)
     else:
@@ -123,6 +126,12 @@ def from_suite(
         resume=resume,
         argv=tuple(argv),
     )
+
+
+def _of_shapes(suite: Suite, wanted: str) -> tuple[Case, ...]:
+    has = tuple(dict.fromkeys(case.shape for case in suite.cases))
+    names = [choose(n, has, "shape in the suite", "--shape") for n in split_names(wanted, "shape", "--shape")]
+    return tuple(case for case in suite.cases if case.shape in names)
 
 
 def _limited(regime: Regime, limits: dict[str, float | None]) -> Regime:

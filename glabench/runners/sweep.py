@@ -5,6 +5,7 @@ again on fresh inputs, measure memory, write the rows. A fault costs its own cel
 """
 
 import fcntl
+import os
 import random
 import tempfile
 import time
@@ -340,7 +341,8 @@ def _spare_memory() -> int:
 @contextmanager
 def _device_lock(device: str, watch: Watch) -> Iterator[None]:
     """Two runs on one device queue up instead of spoiling each other."""
-    path = Path(tempfile.gettempdir()) / f"glabench-{device.replace(':', '-')}.lock"
+    name = "cuda-0" if device == "cuda" else device.replace(":", "-")
+    path = Path(tempfile.gettempdir()) / f"glabench-{os.getuid()}-{name}.lock"
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -49,7 +49,8 @@ class Turn:
 def turn(device: str) -> Iterator[Turn]:
     """Hold `device`; on a CPU workers are called one at a time, and nothing is locked."""
     is_cuda = device.startswith("cuda")
-    name = f"glabench-turn-{os.getuid()}-{device.replace(':', '-')}.lock"
+    index = "cuda-0" if device == "cuda" else device.replace(":", "-")
+    name = f"glabench-turn-{os.getuid()}-{index}.lock"
     path = Path(tempfile.gettempdir()) / name if is_cuda else Path(os.devnull)
     with path.open("ab") as file:
         mine = Turn(file)
