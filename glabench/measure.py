@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 
 WARM_CALLS, WARM_MS, WARM_AGREE = 5, 25.0, 0.05
 WARM_LIMIT_S = {"cuda": 2.0, "cpu": 0.25}  # a slow call is warm after one or two
-HARD_STOP = 4  # times max_busy_s, where even min_samples gives way
+HARD_STOP = 12  # times max_busy_s, where even min_samples gives way
 SHORT_MS = 0.02  # events resolve 0.5 us: shorter calls are timed in batches
 BATCH_MS, MAX_BATCH = 0.2, 64
 MAX_COPIES = 256  # input copies that a batch rotates through, at most
@@ -46,7 +46,7 @@ class Plan:
     interval_frac: float
 
     def enough(self, samples: list[float], busy_s: float) -> bool:
-        """Known well enough, or at a limit. `min_samples` is exceeded in cost up to 4 x max_busy_s."""
+        """Known well enough, or at a limit. `min_samples` is exceeded in cost up to 12 x max_busy_s."""
         if len(samples) >= self.max_samples or busy_s >= HARD_STOP * self.max_busy_s:
             return True
         if len(samples) < self.min_samples:

@@ -260,9 +260,9 @@ class Sweep:
         if number < self.regime.visits:
             return True
         samples = [ms for visit in arm.visits for ms in visit["samples_ms"]]
-        return len(samples) < self.regime.max_samples and not stats.summarise(samples).converged(
-            self.regime.interval_frac
-        )
+        calls = [visit["calls_per_sample"] * sum(visit["samples_ms"]) for visit in arm.visits]
+        is_spent = len(samples) >= self.regime.max_samples or sum(calls) >= 1e3 * self.regime.max_busy_s
+        return not is_spent and not stats.summarise(samples).converged(self.regime.interval_frac)
 
     def _call(self, arm: Arm, function: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """One blocking call to the arm's worker; a failure is noted on the arm."""
@@ -290,6 +290,7 @@ class Sweep:
             if verb == "memory" and arm.failure is None:
                 measured = self._call(arm, "memory", self._arguments(arm))
             fields |= {"started_utc": arm.started_utc, "wall_s": round(arm.busy_s, 4)}
+            arm.busy_s = 0.0  # the next verb's row counts its own seconds
             if arm.failure is not None:
                 row = rows.failed(ROWS[verb], fields, *arm.failure)
             elif verb == "memory":
