@@ -1,6 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin for others stall on CI's shared cores
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ PLAN = measure.Plan(min_samples=6, max_samples=20, min_busy_s=0.010, max_busy_s=
         ([9.0, 11.0] * 3, True),  # max_busy_s
         ([30.0], False),  # max_busy_s gives way to min_samples
         ([300.0, 200.0], False),
-        ([300.0, 300.0], True),  # up to twelve times its length
+        ([310.0, 310.0], True),  # up to twelve times its length
     ],
 )
 def test_sampling_stops_when_it_knows_enough_or_at_a_limit(samples, is_enough):

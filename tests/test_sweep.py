@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 FAULTY = Path(__file__).with_name("faulty_impls.py")
 GOOD = "gla_chunk_torch"
 SMALL = ("--device", "cpu", "--seqlen", "128,256", "--passes", "fwd")
@@ -27,10 +25,11 @@ def rows(folder, name="rows.csv"):
 
 
 def test_four_families_are_measured_and_the_rows_say_what_made_them(tmp_path):
-    done = glabench("speed", *SMALL, "--passes", "fwd,fwd_bwd", "--out", "out", "--json", cwd=tmp_path)
+    words = ("--seqlen", "128", "--passes", "fwd,fwd_bwd", "--out", "out", "--json")
+    done = glabench("speed", *SMALL, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = rows(tmp_path / "out")
-    assert len(made) == 4 * 2 * 2 and {r["status"] for r in made} == {"ok"}
+    assert len(made) == 4 * 2 and {r["status"] for r in made} == {"ok"}
     assert {r["family"] for r in made} == {"gla", "attention", "mamba", "retention"}
     (run,) = json.loads((tmp_path / "out" / "run.json").read_text())["runs"]
     assert {r["env"] for r in made} == {run["id"]} and run["finished_utc"]
@@ -83,7 +82,7 @@ def test_a_hang_is_cut_at_the_limit_and_longer_sequences_are_written_off(tmp_pat
 
 def sweep_until_a_row_then_kill(folder):
     """Start a sweep, `kill -9` it in the middle, and return the rows it left."""
-    command = [sys.executable, "-m", "glabench", "speed", *SMALL, "--seqlen", "128..2k", "--out", "out"]
+    command = [sys.executable, "-m", "glabench", "speed", *SMALL, "--seqlen", "128..512", "--out", "out"]
     parent = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.perf_counter() + 120
     path = folder / "out" / "rows.csv"
@@ -96,11 +95,11 @@ def sweep_until_a_row_then_kill(folder):
 
 def test_a_killed_sweep_goes_on_with_no_cell_lost_or_repeated(tmp_path):
     before = sweep_until_a_row_then_kill(tmp_path)
-    words = ("speed", *SMALL, "--seqlen", "128..2k", "--out", "out", "--resume")
+    words = ("speed", *SMALL, "--seqlen", "128..512", "--out", "out", "--resume")
     done = glabench(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     after = rows(tmp_path / "out")
-    assert 0 < len(before) < len(after) == 5 * 4
+    assert 0 < len(before) < len(after) == 3 * 4
     assert after[: len(before)] == before
     assert len({(r["impl"], r["case"]) for r in after}) == len(after) and {r["replicate"] for r in after} == {
         "0"
@@ -145,47 +144,11 @@ main()
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_rows(tmp_path):
     """The file size limit makes every write past 4 KiB fail as on a full disk."""
-    command = [
-        sys.executable,
-        "-c",
-        FULL,
-        "speed",
-        *SMALL,
-        "--seqlen",
-        "128..4k",
-        "--impl",
-        "retention",
-        "--out",
-        "out",
-    ]
+    words = ("speed", *SMALL, "--seqlen", "128..4k", "--impl", "retention", "--out", "out")
+    command = [sys.executable, "-c", FULL, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
     assert done.returncode == 2 and "--resume" in done.stderr and "Traceback" not in done.stderr
     kept = rows(tmp_path / "out")
     assert kept and {r["status"] for r in kept} == {"ok"}
-    resumed = glabench(
-        "speed",
-        *SMALL,
-        "--seqlen",
-        "128..4k",
-        "--impl",
-        "retention",
-        "--out",
-        "out",
-        "--resume",
-        cwd=tmp_path,
-    )
+    resumed = glabench(*words, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0 and len(rows(tmp_path / "out")) == 6
-
-
-@pytest.mark.slow
-def test_the_default_command_gives_four_families_that_grow_as_they_should(tmp_path):
-    started = time.perf_counter()
-    done = glabench("speed", "--device", "cpu", "--seqlen", "1k..16k", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0 and time.perf_counter() - started < 180
-    time_ms = {
-        (r["family"], r["passes"], int(r["seqlen"])): float(r["time_ms"]) for r in rows(tmp_path / "out")
-    }
-    assert len(time_ms) == 4 * 2 * 5
-    for family in ("gla", "mamba", "retention"):
-        assert 1.5 < time_ms[family, "fwd_bwd", 16384] / time_ms[family, "fwd_bwd", 8192] < 2.8
-    assert 3.2 < time_ms["attention", "fwd_bwd", 16384] / time_ms["attention", "fwd_bwd", 8192] < 5.0
