@@ -99,7 +99,11 @@ Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; default by device.
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the inputs and of the visiting order.")]
 
 
-@app.command("list", epilog="Example: glabench list --family gla")
+@app.command(
+    "list",
+    short_help="Every implementation, and why one cannot run here.",
+    epilog="Example: glabench list --family gla",
+)
 def list_(
     family: Annotated[str, typer.Option(help="Only this family.")] = "",
     device: Device = "auto",
@@ -115,7 +119,10 @@ def list_(
         listing.show(entries)
 
 
-@app.command(epilog="Example: glabench verify gla_chunk_torch mamba_torch")
+@app.command(
+    short_help="Compare implementations with the float64 oracle.",
+    epilog="Example: glabench verify gla_chunk_torch mamba_torch",
+)
 def verify(
     impls: Annotated[
         list[str] | None, typer.Argument(help="Families, ids or files; default: all that run here.")
@@ -207,17 +214,22 @@ def measure_grid(
 
 app.command(
     "speed",
+    short_help="Time implementations, each checked before it is timed.",
     help="Time implementations against sequence length, each checked before it is timed.",
     epilog="Example: glabench speed --seqlen 1k..16k",
 )(measure_grid)
 app.command(
     "memory",
+    short_help="Measure peak memory beyond the inputs.",
     help="Measure peak memory beyond the inputs: outputs, what backward keeps, workspace.",
     epilog="Example: glabench memory --seqlen 1k..16k --passes fwd_bwd",
 )(measure_grid)
 
 
-@app.command(epilog="Example: glabench run suites/quick.toml")
+@app.command(
+    short_help="Run a suite: the cells that a TOML file names.",
+    epilog="Example: glabench run suites/quick.toml",
+)
 def run(
     suite: Annotated[str, typer.Argument(help="A .toml file, or the name of a shipped suite.")],
     impl: Annotated[str, typer.Option(help="Instead of the suite's implementations.")] = "",
@@ -248,7 +260,10 @@ def run(
     _finish(request, dry_run=dry_run, json_=json_)
 
 
-@app.command(epilog="Example: glabench report results --out reports")
+@app.command(
+    short_help="Draw the figures of a folder of results.",
+    epilog="Example: glabench report results --out reports",
+)
 def report(
     folder: Annotated[
         Path, typer.Argument(help="A folder of results; every suite and device below it.")
@@ -266,7 +281,9 @@ def report(
         typer.echo(f"wrote {written}")
 
 
-@app.command(epilog="Example: glabench doctor")
+@app.command(
+    short_help="What this machine is, and what would spoil a timing.", epilog="Example: glabench doctor"
+)
 def doctor(device: Device = "auto", json_: Json = False) -> None:
     """Say what this machine is, what it reaches, and what would spoil a timing here."""
     from glabench.runners import doctor as checks

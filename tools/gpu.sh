@@ -30,10 +30,10 @@ for name in "$@"; do
         smoke) step smoke "$LIMIT" python3 -m glabench speed --impl "${IMPL:-gla,attention,mamba,mamba2,retention}" \
             --shape "${SHAPE:-340m}" --seqlen "${SEQLEN:-1k}" --out "$OUT/smoke" ${ARGS:-} ;;
         verify) step verify "$LIMIT" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ;;
-        timing) step timing 120 bash -c 'python3 tools/check_timing.py > "$1"' _ "$OUT/check_timing.json" ;;
+        timing) TRITON_CACHE_AUTOTUNING=1 step timing 120 bash -c 'python3 tools/check_timing.py > "$1"' _ "$OUT/check_timing.json" ;;
         # --resume: a step that ran into its limit goes on with the next call
         layers | fig2) step "$name" "$LIMIT" python3 -m glabench run "$name" --out "$RESULTS/$name" --resume \
-            ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
+            ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;  # ARGS: --device cuda:1, --shape fig2
         *) echo "no step $name" >&2; exit 2 ;;
     esac
 done
