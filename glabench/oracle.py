@@ -158,19 +158,13 @@ def _attention(exact, d_out, positions, *, scale, literal) -> Answer:
     q, k, v = leaves = list(exact.values())
     if literal is None:
         literal = positions is None and q.shape[1] <= LITERAL_LIMIT
-    if not literal:
-        out, gradients = oracle_long.attention(q, k, v, scale=scale, d_out=d_out, positions=positions)
-    else:
+    out, gradients, floors = oracle_long.attention(q, k, v, scale=scale, d_out=d_out, positions=positions)
+    if literal:
         leaves = [x.requires_grad_() for x in leaves]
         out, _ = attention(q, k, v, scale=scale)
         gradients = () if d_out is None else torch.autograd.grad(out, leaves, d_out)
-    floors = {}
-    if d_out is not None:  # dq and dk are differences from each row's mean, zero where there is one key
-        looked_at = slice(None) if positions is None else positions
-        mean = q.new_zeros(*q.shape[:3], 1)
-        mean[:, looked_at] = (out * d_out[:, looked_at]).norm(dim=-1, keepdim=True)
-        floors = {"q": scale * mean * rms(k), "k": scale * rms(mean) * rms(q)}
-    return Answer(out.detach(), None, dict(zip(exact, gradients, strict=False)), floors)
+    named = dict(zip(exact, gradients, strict=False))
+    return Answer(out.detach(), None, named, dict(zip(("q", "k"), floors, strict=False)))
 
 
 def _evaluate(family, exact, state, d_out, d_state, *, literal, **options) -> Answer:

@@ -126,10 +126,12 @@ def attention(
     scale: float,
     d_out: Tensor | None = None,
     positions: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Causal softmax attention and, with d_out, its gradients; only query rows `positions` if given.
 
     Shapes: q, k, v, d_out [B, T, H, D]; out [B, T or len(positions), H, D]; gradients as q, k, v.
+    Last come the sizes [B, T, H, 1] of the terms that cancel in dq and dk: scores' gradients are
+    p (dp - o . do), and it is the sum o . do that 16-bit rounding of o blurs.
     """
     B, T, H, D = q.shape
     at = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
@@ -137,6 +139,7 @@ def attention(
     ds = None if d_out is None else d_out.transpose(1, 2).reshape(B * H, T, D)
     out = q.new_empty(B * H, len(at), D)
     dq, dk, dv = (torch.zeros_like(x) for x in (qs, ks, vs))
+    to_q, to_k = (q.new_zeros(B * H, T, 1) for _ in range(2))
     R = max(1, min(ROWS[q.device.type], BUDGET_BYTES[q.device.type] // (3 * 8 * B * H * T)))
     buffers = q.new_empty(3, B * H * min(R, len(at)) * T)  # reused: fresh pages cost more than the products
     for lo in range(0, len(at), R):
@@ -153,12 +156,19 @@ def attention(
             continue
         d_o = ds[:, rows]
         torch.bmm(d_o, vs[:, :end].mT, out=d_weights)
+        blurred = (d_o * o).square_().sum(-1, keepdim=True)
+        to_q[:, rows] = blurred
         d_scores = d_weights.sub_((d_o * o).sum(-1, keepdim=True)).mul_(weights)
         dq[:, rows] = torch.bmm(d_scores, ks[:, :end]).mul_(scale)
         dk[:, :end].baddbmm_(d_scores.mT, query)
         dv[:, :end].baddbmm_(weights.mT, d_o)
-    shaped = [x.unflatten(0, (B, H)).transpose(1, 2) for x in (out, dq, dk, dv)]
-    return shaped[0], () if ds is None else tuple(shaped[1:])
+        to_k[:, :end].baddbmm_(weights.square_().mT, blurred)
+    shaped = [x.unflatten(0, (B, H)).transpose(1, 2) for x in (out, dq, dk, dv, to_q, to_k)]
+    if ds is None:
+        return shaped[0], (), ()
+    rms_k, rms_q = (x.square().mean().sqrt() for x in (k, q))
+    floors = (scale * rms_k * shaped[4].sqrt(), scale * rms_q * shaped[5].sqrt())
+    return shaped[0], tuple(shaped[1:4]), floors
 
 
 def _chunks(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from family_calls import case
 from torch.nn.functional import scaled_dot_product_attention
 
 from glabench.inputs import make_grad_out, make_inputs
-from glabench.oracle import TOLERANCES, WORST, compare, poisoned_memory, reference
+from glabench.oracle import TOLERANCES, WORST, compare, poisoned_memory, reference, rms
 
 
 @pytest.fixture
@@ -86,12 +86,18 @@ def test_a_query_with_one_heavy_key_is_judged_by_the_terms_that_cancel():
     tensors = make_inputs("attention", of, "cpu", seed=0)
     d_out = make_grad_out("attention", of, "cpu", seed=1)
     tensors["q"][:, 1] = 0.45 * tensors["k"][:, 0]  # nearly all its weight: its gradient vanishes,
-    d_out[:, 1] *= 10  # the rounding of its output does not
-    want = reference("attention", tensors, d_out=d_out)
+    positions = torch.tensor([1, *range(2048, 4096, 64)])  # the rounding of its output does not
+    looked_at = torch.zeros(4096, dtype=torch.bool).index_fill_(0, positions, True)
+    d_out[:, ~looked_at] = 0
+    want = reference("attention", tensors, d_out=d_out, positions=positions)
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in tensors.values()]
     out = scaled_dot_product_attention(*leaves, is_causal=True)
-    (dq,) = torch.autograd.grad(out, leaves[:1], d_out.transpose(1, 2))
-    assert compare("q", dq.transpose(1, 2), want.gradients["q"], "bf16", want.floors["q"]).ok
-    wrong = dq.transpose(1, 2).clone()
-    wrong[:, 40] = wrong[:, 41]
-    assert not compare("q", wrong, want.gradients["q"], "bf16", want.floors["q"]).ok
+    found = torch.autograd.grad(out, leaves[:2], d_out.transpose(1, 2))
+    for name, gradient in zip("qk", found, strict=True):
+        gradient = gradient.transpose(1, 2)
+        right, floor = want.gradients[name], want.floors[name]
+        assert compare(name, gradient, right, "bf16", floor).ok
+        assert not compare(name, gradient, right, "bf16", rms(floor)).ok  # of the tensor alone
+        wrong = gradient.clone()
+        wrong[:, 2048] = wrong[:, 2112]
+        assert not compare(name, wrong, right, "bf16", floor).ok
