@@ -1,0 +1,42 @@
+"""Tile shapes of the chunk kernels: measured ones as data, and a rule for every other shape."""
+
+from dataclasses import dataclass
+
+CHUNK = 64  # larger chunks move fewer bytes, but leave one program a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Tile of value channels, warps and pipeline stages of one kernel."""
+
+    BV: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tile of key channels, which all kernels share, and each kernel's launch."""
+
+    BK: int
+    state: Launch
+    output: Launch
+    gradient: Launch
+
+
+# (d_k, d_v, gate kind) of 16-bit inputs -> a plan better than the rule's; empty until one is measured
+MEASURED: dict[tuple[int, int, int], Plan] = {}
+
+
+def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
+    """Tiles for key and value widths; `wide` is float32 arithmetic, whose tiles take twice the room."""
+    if not wide and (K, V, gate) in MEASURED:
+        return MEASURED[K, V, gate]
+    most = 32 if wide else 64
+    BK, BV = min(most, _power2(K)), min(most, _power2(V))
+    stages = 1 if wide else 3
+    return Plan(BK, Launch(BV, 4, stages), Launch(BV, 4, stages), Launch(BV, 4, stages))
+
+
+def _power2(width: int) -> int:
+    return 1 << (width - 1).bit_length()

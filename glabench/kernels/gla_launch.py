@@ -1,0 +1,298 @@
+"""Memory and launches of the chunk kernels: forward and backward of one call, for every kind of gate."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glabench.errors import ShapeError
+from glabench.kernels import gla_tiles
+from glabench.kernels.gla_configs import CHUNK, plan_for
+from glabench.kernels.gla_gradient import gradient_kernel
+from glabench.kernels.gla_output import output_kernel
+from glabench.kernels.gla_state import state_kernel
+
+NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
+
+
+class Kept(NamedTuple):
+    """What the backward pass takes from the forward: chunk states [chunks, H, V, K] and gate totals.
+
+    `totals` [chunks, H, K] and `reach` [chunks, H, K blocks], their least, are for gates per channel.
+    """
+
+    states: Tensor
+    totals: Tensor
+    reach: Tensor
+
+
+class Chunks(NamedTuple):
+    """Where the chunks lie: `table` [total, 2] of start and length, `offsets` [rows + 1], where packed."""
+
+    rows: int
+    each: int
+    total: int
+    table: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    gate: int,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None, Kept]:
+    """o [B, T, H, V], the final state [rows, H, K, V] or None, and what the backward pass needs."""
+    B, T, H, V = v.shape
+    K = q.shape[-1]
+    chunks = chunks_of(B, T, cu_seqlens)
+    final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
+    o = torch.empty_like(v)
+    kept = states_before(
+        k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate
+    )
+    if chunks.total:
+        _output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
+    return o, final, kept
+
+
+def states_before(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    final: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunks: Chunks,
+    *,
+    gate: int,
+) -> Kept:
+    """The state before each chunk; `final` is filled where given."""
+    H, K, V = k.shape[2], k.shape[3], v.shape[3]
+    states = k.new_empty(chunks.total, H, V, K, dtype=state_dtype(k.dtype))
+    if gate == CHANNEL:
+        blocks = key_blocks(k, v, gate)
+        totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
+        reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
+    else:
+        totals = reach = k.new_empty(0, dtype=torch.float32)
+    kept = Kept(states, totals, reach)
+    _state(k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False)
+    return kept
+
+
+def backward(
+    do: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    kept: Kept,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    gate: int,
+    wants_d_initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, g and the initial state; the last two None where there is none to give."""
+    B, T, H, V = v.shape
+    K = q.shape[-1]
+    chunks = chunks_of(B, T, cu_seqlens)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
+    if chunks.total:
+        d_states = torch.empty_like(kept.states)
+    else:
+        d_states = kept.states
+    _state(q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True)
+    dg = _empty_dg(g, gate, q, v)
+    if chunks.total:
+        _output(k, q, do, g, kept, d_states, dv, chunks, scale=scale, gate=gate, reverse=True)
+        _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, scale=scale, gate=gate)
+    if gate == HEAD:
+        dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
+    return dq, dk, dv, dg, d_initial
+
+
+def _empty_dg(g: Tensor | None, gate: int, q: Tensor, v: Tensor) -> Tensor | None:
+    if gate == CHANNEL:
+        return torch.empty_like(g)
+    if gate == HEAD:  # one part for each block of key channels
+        blocks = key_blocks(q, v, gate)
+        return q.new_empty(blocks, *g.shape, dtype=torch.float32)
+    return None
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bf16 states for bf16 inputs; float16 could not hold them, and float32 keeps its precision."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
+    """The chunks of equal rows by arithmetic, of packed ones by table. Raises ShapeError."""
+    if cu_seqlens is None:
+        each = -(-T // CHUNK)
+        return Chunks(B, each, B * each)
+    return _packed_chunks(cu_seqlens, T)
+
+
+_last_packed: list[tuple[Tensor, int, int, Chunks]] = []
+
+
+def _packed_chunks(cu_seqlens: Tensor, T: int) -> Chunks:
+    """Reading the bounds waits for the device, so those of the last tensor, if unchanged, are kept."""
+    for tensor, version, length, chunks in _last_packed:
+        if tensor is cu_seqlens and version == cu_seqlens._version and length == T:
+            return chunks
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+        raise ShapeError(f"cu_seqlens {bounds} does not rise from 0 to {T}")
+    table, offsets = [], [0]
+    for low, high in itertools.pairwise(bounds):
+        table += [(start, min(CHUNK, high - start)) for start in range(low, high, CHUNK)]
+        offsets.append(len(table))
+    like = {"dtype": torch.int64, "device": cu_seqlens.device}
+    chunks = Chunks(
+        len(bounds) - 1,
+        0,
+        len(table),
+        torch.tensor(table, **like).reshape(-1, 2),
+        torch.tensor(offsets, **like),
+    )
+    _last_packed[:] = [(cu_seqlens, cu_seqlens._version, T, chunks)]
+    return chunks
+
+
+@functools.cache
+def retention_gates(H: int, device: torch.device) -> Tensor:
+    """[H] log decays of retention's heads, 1 - 2 ** (-5 - h) (RetNet §2.1)."""
+    heads = torch.arange(H, dtype=torch.float64)
+    return torch.log1p(-(2.0 ** (-5 - heads))).to(device, torch.float32)
+
+
+def _plan(q: Tensor, v: Tensor, gate: int):
+    return plan_for(q.shape[-1], v.shape[-1], gate, q.dtype != torch.bfloat16)
+
+
+def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
+    """How many tiles of key channels a head has."""
+    return -(-q.shape[-1] // _plan(q, v, gate).BK)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
+
+
+def _state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+    T, H, K, V = *k.shape[1:], v.shape[3]
+    plan = _plan(k, v, gate)
+    tile = plan.state
+    grid = (-(-K // plan.BK) * -(-V // tile.BV) * chunks.rows * H,)
+    state_kernel[grid](
+        k,
+        v,
+        g,
+        kept.totals,
+        kept.reach,
+        states,
+        first,
+        last,
+        cu_seqlens,
+        chunks.offsets,
+        scale,
+        T,
+        chunks.each,
+        H=H,
+        K=K,
+        V=V,
+        C=CHUNK,
+        BK=plan.BK,
+        BV=tile.BV,
+        GATE=gate,
+        REVERSE=reverse,
+        PACKED=chunks.table is not None,
+        HAS_FIRST=first is not None,
+        HAS_LAST=last is not None,
+        PRECISION=_precision(k.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
+    T, H, K, V = *k.shape[1:], v.shape[3]
+    plan = _plan(k, v, gate)
+    tile = plan.output
+    blocks = key_blocks(k, v, gate)
+    output_kernel[(-(-V // tile.BV) * H * chunks.total,)](
+        q,
+        k,
+        v,
+        g,
+        kept.totals,
+        kept.reach,
+        states,
+        o,
+        chunks.table,
+        scale,
+        T,
+        chunks.each,
+        H=H,
+        K=K,
+        V=V,
+        C=CHUNK,
+        BK=plan.BK,
+        BV=tile.BV,
+        NK2=1 << (blocks - 1).bit_length(),
+        GATE=gate,
+        REVERSE=reverse,
+        PACKED=chunks.table is not None,
+        PRECISION=_precision(k.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
+    B, T, H, K, V = *k.shape, v.shape[3]
+    plan = _plan(k, v, gate)
+    tile = plan.gradient
+    gradient_kernel[(-(-K // plan.BK) * H * chunks.total,)](
+        q,
+        k,
+        v,
+        g,
+        do,
+        kept.totals,
+        kept.reach,
+        kept.states,
+        d_states,
+        dq,
+        dk,
+        dg,
+        chunks.table,
+        scale,
+        T,
+        chunks.each,
+        B * T,
+        H=H,
+        K=K,
+        V=V,
+        C=CHUNK,
+        BK=plan.BK,
+        BV=tile.BV,
+        GATE=gate,
+        PACKED=chunks.table is not None,
+        PRECISION=_precision(k.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
