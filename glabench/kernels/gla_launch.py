@@ -188,7 +188,8 @@ def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
     return -(-q.shape[-1] // _plan(q, v, gate).BK)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 operands are taken; 16-bit ones are not affected."""
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
@@ -222,7 +223,7 @@ def _state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gat
         PACKED=chunks.table is not None,
         HAS_FIRST=first is not None,
         HAS_LAST=last is not None,
-        PRECISION=_precision(k.dtype),
+        PRECISION=precision(k.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -256,7 +257,7 @@ def _output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> Non
         GATE=gate,
         REVERSE=reverse,
         PACKED=chunks.table is not None,
-        PRECISION=_precision(k.dtype),
+        PRECISION=precision(k.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -292,7 +293,7 @@ def _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate
         BV=tile.BV,
         GATE=gate,
         PACKED=chunks.table is not None,
-        PRECISION=_precision(k.dtype),
+        PRECISION=precision(k.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
