@@ -39,13 +39,17 @@ def gla_chunk(
     return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form)
 
 
-def gla_chunk_materialised(q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+def gla_chunk_materialised(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
     """gla_chunk that keeps the chunk states for the backward pass (GLA §4.1, "materialization")."""
     options = (scale, initial_state, output_final_state, cu_seqlens, "materialised")
     return _run(CHANNEL, q, k, v, g, *options)
 
 
-def gla_chunk_recompute(q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+def gla_chunk_recompute(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
     """gla_chunk that keeps no chunk states, and forms them again in the backward pass (GLA §4.1)."""
     return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, "recompute")
 
@@ -154,7 +158,15 @@ class ChunkFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute):
         q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
         o, final, kept = _forward(
-            q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
+            q,
+            k,
+            v,
+            g,
+            initial_state,
+            cu_seqlens,
+            scale=scale,
+            gate=gate,
+            output_final_state=output_final_state,
         )
         states, totals, reach = (None,) * 3 if recompute else kept
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, states, totals, reach)
@@ -288,8 +300,10 @@ def _(do, d_final, q, k, v, g, initial_state, cu_seqlens, states, totals, reach,
     none = q.new_empty(0, dtype=torch.float32)
     full = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     dg = none if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
-    state = none if initial_state is None else torch.empty_like(
-        initial_state, memory_format=torch.contiguous_format
+    state = (
+        none
+        if initial_state is None
+        else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     )
     return (*full, dg, q.new_empty(0, dtype=torch.float32) if state is none else state)
 

@@ -36,7 +36,7 @@ def sums_to_end(x, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constex
     later = tl.where(s >= i, 1.0, 0.0).to(OPERAND)
     high = x.to(OPERAND)
     found = tl.dot(later, high, input_precision=PRECISION)
-    if OPERAND != tl.float32:
+    if tl.float32 != OPERAND:
         found = tl.dot(later, (x - high.to(tl.float32)).to(OPERAND), found)
     return found
 

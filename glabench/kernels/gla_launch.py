@@ -56,9 +56,7 @@ def forward(
     chunks = chunks_of(B, T, cu_seqlens)
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
     o = torch.empty_like(v)
-    kept = states_before(
-        k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate
-    )
+    kept = states_before(k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate)
     if chunks.total:
         _output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
     return o, final, kept
@@ -85,7 +83,9 @@ def states_before(
     else:
         totals = reach = k.new_empty(0, dtype=torch.float32)
     kept = Kept(states, totals, reach)
-    _state(k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False)
+    _state(
+        k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False
+    )
     return kept
 
 
@@ -113,7 +113,9 @@ def backward(
         d_states = torch.empty_like(kept.states)
     else:
         d_states = kept.states
-    _state(q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True)
+    _state(
+        q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True
+    )
     dg = _empty_dg(g, gate, q, v)
     if chunks.total:
         _output(k, q, do, g, kept, d_states, dv, chunks, scale=scale, gate=gate, reverse=True)

@@ -63,8 +63,7 @@ def load_state(h, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: 
     x = h + vs[:, None] * K + ks[None, :]
     if V % BV != 0 or K % BK != 0:
         return tl.load(x, mask=(vs < V)[:, None] & (ks < K)[None, :], other=0.0)
-    else:
-        return tl.load(x)
+    return tl.load(x)
 
 
 @triton.jit
@@ -143,8 +142,7 @@ def level_pairs(level, C: tl.constexpr, MIRROR: tl.constexpr):
     joined = (apart >= ((1 << level) >> 1)) & (apart < (1 << level))
     if MIRROR:
         return joined & (i <= j)
-    else:
-        return joined & (i >= j)
+    return joined & (i >= j)
 
 
 @triton.jit
@@ -167,8 +165,7 @@ def head_gates(g, h, rows, count, H, GATE: tl.constexpr, C: tl.constexpr):
     """A head's log gates [C], 0 past the chunk's tokens; a data-dependent g points at the chunk."""
     if GATE == HEAD:
         return tl.load(g + rows * H + h, mask=rows < count, other=0.0)
-    else:
-        return tl.where(rows < count, tl.load(g + h), 0.0)
+    return tl.where(rows < count, tl.load(g + h), 0.0)
 
 
 @triton.jit
