@@ -136,10 +136,11 @@ def gradient_kernel(
             carried += tl.sum(ys * dk, 0)
             part = dA.to(x.dtype)
             dq = tl.dot(part, ys, dq, input_precision=PRECISION)
+            terms = xs * dq
+            store_tile(dq_out + token * K, dq * up, rows, count, H * K, col, K, BK)
             dk = tl.dot(tl.trans(part), xs, dk, input_precision=PRECISION)
-            terms = xs * dq - ys * dk
-            dq *= up
-            dk *= down
+            terms -= ys * dk
+            store_tile(dk_out + token * K, dk * down, rows, count, H * K, col, K, BK)
         else:
             sums = load_channels(total + at * K, col, K, BK)
             r = tl.maximum(sums * 0.5, -LIMIT)
@@ -153,6 +154,8 @@ def gradient_kernel(
             terms = x * dq - gained
             dq, dk, inner = hard_gradients(x, y, gates, dA, dq, dk, C, PRECISION)
             terms += inner
+            store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
+            store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
         dg = sums_to_end(terms, C, x.dtype, PRECISION) + carried[None, :]
         store_tile(dg_out + token * K, dg, rows, count, H * K, col, K, BK)
     elif GATE == NONE:
@@ -179,5 +182,6 @@ def gradient_kernel(
             later = rows[:, None] <= rows[None, :]
             dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
             tl.store(dg_out + kb * tokens * H + token + rows * H, dg, mask=rows < count)
-    store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
-    store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
+    if GATE != CHANNEL:
+        store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
+        store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
