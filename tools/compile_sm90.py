@@ -70,7 +70,8 @@ def report(label, source, launch):
     ptx = made.asm["ptx"]
     registers, spills = assembled(ptx)
     line = f"{label:44} BV {launch.BV:3} warps {launch.warps} stages {launch.stages} registers {registers:3} "
-    line += f"spills {spills:4} shared {made.metadata.shared:6} wgmma {len(re.findall('wgmma.mma_async', ptx)):4} "
+    line += f"spills {spills:4} shared {made.metadata.shared:6} "
+    line += f"wgmma {len(re.findall('wgmma.mma_async', ptx)):4} "
     line += f"mma {len(re.findall('mma.sync', ptx)):4} {time.perf_counter() - begin:5.1f} s"
     print(line, flush=True)  # noqa: T201
 

@@ -116,7 +116,7 @@ FLUSH = None
 
 
 def median_ms(run, reps=20):
-    """Median of event times; each call finds L2 cold, and is queued behind a spin that hides its enqueueing."""
+    """Median of event times; each call finds L2 cold and is queued behind a spin."""
     global FLUSH
     if FLUSH is None:
         FLUSH = torch.empty(256 << 20, dtype=torch.int8, device="cuda")

@@ -98,9 +98,9 @@ def linear_attention_chunk(
 
 
 def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form):
-    _check(gate, q, k, v, g, initial_state, cu_seqlens)
     if form not in FORMS:
         raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
+    _check(gate, q, k, v, g, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     recompute = form == "recompute"
     if _is_traced(q):
@@ -119,13 +119,7 @@ def _is_traced(q: Tensor) -> bool:
 
 def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
     """Raises ShapeError naming what does not fit, UnavailableError where there is no GPU."""
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
-    for name, x in (("d_k", q), ("d_v", v)):
-        if not 0 < x.shape[3] <= WIDEST or x.shape[3] % 16:
-            raise ShapeError(f"{name} {x.shape[3]} is not a multiple of 16 up to {WIDEST}")
+    _check_inputs(q, k, v)
     if gate in (HEAD, CHANNEL):
         if g.shape != (q.shape if gate == CHANNEL else q.shape[:3]):
             raise ShapeError(f"g {_of(g)} does not fit q {_of(q)}")
@@ -136,11 +130,26 @@ def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
         if rows != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
             raise ShapeError(f"packed sequences need a batch of 1 and cu_seqlens [rows + 1], not {rows}")
         rows = cu_seqlens.shape[0] - 1
-    if state is not None and state.shape != (rows, *q.shape[2:], v.shape[3]):
-        raise ShapeError(f"initial_state {_of(state)} is not {[rows, *q.shape[2:], v.shape[3]]}")
-    if state is not None and state.dtype != torch.float32:
-        raise ShapeError(f"initial_state {state.dtype} is not float32")
-    for x in (k, v, g, state, cu_seqlens):
+    if state is not None:
+        if state.shape != (rows, *q.shape[2:], v.shape[3]):
+            raise ShapeError(f"initial_state {_of(state)} is not {[rows, *q.shape[2:], v.shape[3]]}")
+        if state.dtype != torch.float32:
+            raise ShapeError(f"initial_state {state.dtype} is not float32")
+    _check_devices(q, k, v, g, state, cu_seqlens)
+
+
+def _check_inputs(q, k, v) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
+    for name, x in (("d_k", q), ("d_v", v)):
+        if not 0 < x.shape[3] <= WIDEST or x.shape[3] % 16:
+            raise ShapeError(f"{name} {x.shape[3]} is not a multiple of 16 up to {WIDEST}")
+
+
+def _check_devices(q, *others) -> None:
+    for x in others:
         if x is not None and x.device != q.device:
             raise ShapeError(f"tensors are on {q.device} and {x.device}")
     if not q.is_cuda and not triton.knobs.runtime.interpret:

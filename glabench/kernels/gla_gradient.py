@@ -31,7 +31,7 @@ from glabench.kernels.gla_tiles import (
 
 @triton.jit
 def sums_to_end(x, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of x [C, BK] from each token to the chunk's end, to nearly float32: 16-bit operands go in two parts."""
+    """Sums of x [C, BK] from each token to the chunk's end; 16-bit operands go in two parts."""
     i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     later = tl.where(s >= i, 1.0, 0.0).to(OPERAND)
     high = x.to(OPERAND)
@@ -121,7 +121,7 @@ def gradient_kernel(
         dA = tl.dot(grad, tl.trans(value), dA, input_precision=PRECISION)
         dq = tl.dot(grad, state, dq, input_precision=PRECISION)
         dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
-        if GATE == HEAD or GATE == CHANNEL:
+        if GATE >= HEAD:
             carried += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
     x = load_tile(q + token * K, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k + token * K, rows, count, H * K, col, K, BK).to(TYPE)
@@ -163,10 +163,7 @@ def gradient_kernel(
         dq = tl.dot(part, y, dq, input_precision=PRECISION)
         dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
     else:
-        if GATE == FIXED:
-            gates = head_gates(g, head, rows, count, H, GATE, C)
-        else:
-            gates = head_gates(g + start * H, head, rows, count, H, GATE, C)
+        gates = head_gates(g, start, head, rows, count, H, GATE, C)
         dq *= power2(head_before(gates, C))[:, None]
         dk *= power2(head_after(gates, C))[:, None]
         part = (dA * head_between(gates, GATE, False, C)).to(x.dtype)

@@ -109,10 +109,7 @@ def backward(
     chunks = chunks_of(B, T, cu_seqlens)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
-    if chunks.total:
-        d_states = torch.empty_like(kept.states)
-    else:
-        d_states = kept.states
+    d_states = torch.empty_like(kept.states) if chunks.total else kept.states
     _state(
         q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True
     )

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    FIXED,
     LIMIT,
     NONE,
     after,
@@ -74,10 +73,7 @@ def output_kernel(
     A = tl.zeros([C, C], tl.float32)
     out = tl.zeros([C, BV], tl.float32)
     i, j = rows[:, None], rows[None, :]
-    if REVERSE:
-        allowed = i <= j
-    else:
-        allowed = i >= j
+    allowed = i <= j if REVERSE else i >= j
     if GATE == CHANNEL:
         g += token * K
         blocks = tl.arange(0, NK2)
@@ -103,10 +99,7 @@ def output_kernel(
                 A += halved_scores(x, y, gates, C, REVERSE, PRECISION)
                 state = load_state(h, vb * BV, col, V, K, BV, BK)
                 sums = load_channels(total + at * K, col, K, BK)
-                if REVERSE:
-                    decay = after(gates, C, PRECISION)
-                else:
-                    decay = before(gates, C, PRECISION)
+                decay = after(gates, C, PRECISION) if REVERSE else before(gates, C, PRECISION)
                 decay -= tl.maximum(sums * 0.5, -LIMIT)[None, :]
                 x = (x * power2(decay)).to(x.dtype)
                 out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
@@ -118,14 +111,8 @@ def output_kernel(
             out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
         if GATE != NONE:
-            if GATE == FIXED:
-                gates = head_gates(g, head, rows, count, H, GATE, C)
-            else:
-                gates = head_gates(g + start * H, head, rows, count, H, GATE, C)
-            if REVERSE:
-                decay = head_after(gates, C)
-            else:
-                decay = head_before(gates, C)
+            gates = head_gates(g, start, head, rows, count, H, GATE, C)
+            decay = head_after(gates, C) if REVERSE else head_before(gates, C)
             out *= power2(decay)[:, None]
             A *= head_between(gates, GATE, REVERSE, C)
     A = tl.where(allowed, A * scale, 0.0)

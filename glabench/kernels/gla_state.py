@@ -5,7 +5,6 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    HEAD,
     LIMIT,
     LOG2E,
     NONE,
@@ -52,9 +51,9 @@ def state_kernel(
     """Carry the state of one head of one row over its chunks, and keep it for each.
 
     Math:   S' = e^(b_C) S + sum_j e^(b_C - b_j) k_j v_j^T; REVERSE takes q, do, e^(b_j) and runs back.
-    Grid:   K / BK, V / BV, rows * H, the first fastest; a program owns a [BV, BK] tile of the transposed state.
+    Grid:   K / BK, V / BV, rows * H, the first fastest; a program owns [BV, BK] of a state transposed.
     HBM:    reads k, v, g V / BV and K / BK times; writes K V / C elements a token and head.
-    Stable: fp32 carry; every exponent is a sum of gates. Stored times 2^r, r = max(total / 2, -LIMIT).
+    Stable: fp32 carry; exponents are sums of gates. Stored times 2^r, r = max(total / 2, -LIMIT).
     Source: GLA eq. 2, §4.2.
     """
     pid = tl.program_id(0)
@@ -72,15 +71,10 @@ def state_kernel(
     ks, vs = kb * BK + tl.arange(0, BK), vb * BV + tl.arange(0, BV)
     whole = rh * K * V + ks[None, :] * V + vs[:, None]  # of [K, V], as states come and go
     inside = (ks < K)[None, :] & (vs < V)[:, None]
-    if HAS_FIRST:
-        S = tl.load(first + whole, mask=inside, other=0.0)
-    else:
-        S = tl.zeros([BV, BK], tl.float32)
+    S = tl.load(first + whole, mask=inside, other=0.0) if HAS_FIRST else tl.zeros([BV, BK], tl.float32)
     TYPE: tl.constexpr = h.dtype.element_ty
     for n in range(chunks):
-        m = n
-        if REVERSE:
-            m = chunks - 1 - n
+        m = chunks - 1 - n if REVERSE else n
         start = low + m * C
         count = tl.minimum(high - start, C).to(tl.int32)
         at = (chunk0 + m) * H + head  # of this chunk and head
@@ -105,15 +99,9 @@ def state_kernel(
         else:
             store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             if GATE != NONE:
-                if GATE == HEAD:
-                    gates = head_gates(g + start * H, head, rows, count, H, GATE, C)
-                else:
-                    gates = head_gates(g, head, rows, count, H, GATE, C)
+                gates = head_gates(g, start, head, rows, count, H, GATE, C)
                 S = S * power2(tl.sum(gates.to(tl.float32), 0) * LOG2E)
-                if REVERSE:
-                    decay = head_before(gates, C)
-                else:
-                    decay = head_after(gates, C)
+                decay = head_before(gates, C) if REVERSE else head_after(gates, C)
                 tile = (tile * power2(decay)[:, None]).to(tile.dtype)
         if REVERSE:
             S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)

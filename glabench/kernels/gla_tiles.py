@@ -161,10 +161,10 @@ def halved_scores(rows, cols, g, C: tl.constexpr, REVERSE: tl.constexpr, PRECISI
 
 
 @triton.jit
-def head_gates(g, h, rows, count, H, GATE: tl.constexpr, C: tl.constexpr):
-    """A head's log gates [C], 0 past the chunk's tokens; a data-dependent g points at the chunk."""
+def head_gates(g, start, h, rows, count, H, GATE: tl.constexpr, C: tl.constexpr):
+    """A head's log gates [C], 0 past the chunk's tokens, of which `start` is the first."""
     if GATE == HEAD:
-        return tl.load(g + rows * H + h, mask=rows < count, other=0.0)
+        return tl.load(g + (start + rows) * H + h, mask=rows < count, other=0.0)
     return tl.where(rows < count, tl.load(g + h), 0.0)
 
 
@@ -190,10 +190,7 @@ def head_between(gates, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexp
     sums would lose a small gate beside a large one.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    if MIRROR:
-        allowed = i <= j
-    else:
-        allowed = i >= j
+    allowed = i <= j if MIRROR else i >= j
     if GATE == FIXED:
         apart = tl.where(i <= j, j - i, i - j).to(tl.float32)
         reach = apart * tl.min(gates, 0)
