@@ -61,9 +61,8 @@ def sources(name, H, K, V, gate, dtype, reverse, launch, BK):
 def report(label, source, launch):
     """Compile and print one line."""
     begin = time.perf_counter()
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options())
     except Exception as err:  # noqa: BLE001  one kernel that does not compile must not hide the others
         print(f"{label:44} FAILED {type(err).__name__}: {str(err)[:200]}", flush=True)  # noqa: T201
         return

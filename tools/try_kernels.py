@@ -1,13 +1,16 @@
 """Check and time the chunk kernels on a GPU, quickly: JSON lines, one a point, failures included.
 
-Usage: try_kernels.py [--limit 90] [--parts check time profile host] [--shapes 340m 1.3b fig2]
+Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep] [--shapes 340m 1.3b fig2]
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 
@@ -17,6 +20,8 @@ from glabench import oracle
 from glabench.cases import Case
 from glabench.inputs import make_grad_out, make_inputs, make_state
 from glabench.kernels import gla_chunk as ours
+from glabench.kernels import gla_configs
+from glabench.kernels import gla_launch as launch
 
 FUNCTIONS = {
     "gla": ours.gla_chunk,
@@ -195,6 +200,83 @@ def profiled(family, shape, T):
     return {"status": "ok", "kernel_us": kernels}
 
 
+VARIANTS = {  # BV, warps, stages, registers
+    "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 1), (128, 4, 2), (128, 8, 3), (64, 8, 3)],
+    "output": [
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 4, 1),
+        (64, 4, 3, 168),
+        (64, 4, 2, 168),
+        (64, 4, 1, 168),
+        (64, 4, 2, 128),
+        (64, 4, 1, 128),
+        (128, 4, 2),
+        (128, 8, 2),
+        (128, 8, 3),
+        (128, 8, 3, 128),
+    ],
+    "gradient": [
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 4, 1),
+        (64, 4, 2, 168),
+        (64, 4, 1, 168),
+        (32, 4, 2),
+        (32, 4, 3),
+    ],
+}
+
+
+def sweep(family, shape, T, reps):
+    """Microseconds of each kernel under each launch of VARIANTS, each on its own."""
+    H, K, V = SHAPES[shape]
+    q, k, v, *g = call(family, T, TOKENS // T, H, K, V, "bf16", "trained")[0].values()
+    gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
+    g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
+    plan = gla_configs.plan_for(K, V, gate, False)
+    chunks = launch.chunks_of(q.shape[0], T, None)
+    how = {"scale": K**-0.5, "gate": gate}
+    o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, **how)
+    do, dh = torch.randn_like(o), torch.empty_like(kept.states)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dg = torch.empty(8, *g.shape, device="cuda", dtype=torch.float32) if gate == 2 else torch.empty_like(q)
+    ends = (None, None, None, chunks)
+    uses = {
+        "state": lambda: launch.run_state(k, v, g, kept, kept.states, *ends, **how, reverse=False),
+        "state back": lambda: launch.run_state(q, do, g, kept, dh, *ends, **how, reverse=True),
+        "output": lambda: launch.run_output(q, k, v, g, kept, kept.states, o, chunks, **how, reverse=False),
+        "output back": lambda: launch.run_output(k, q, do, g, kept, dh, o, chunks, **how, reverse=True),
+        "gradient": lambda: launch.run_gradient(q, k, v, g, do, kept, dh, dq, dk, dg, chunks, **how),
+    }
+    found = {}
+    for use, run in uses.items():
+        kernel = use.split()[0]
+        for variant in VARIANTS[kernel]:
+            if variant[0] > V:
+                continue
+            tile = gla_configs.Launch(*variant)
+            gla_configs.MEASURED[K, V, gate] = dataclasses.replace(plan, **{kernel: tile})
+            try:
+                if not reps:
+                    run()
+                else:
+                    found[f"{use} {variant}"] = round(1e3 * median_ms(run, reps), 1)
+            except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
+                found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
+        gla_configs.MEASURED[K, V, gate] = plan
+    return {"status": "ok", "us": found}
+
+
+def compile_variants(shapes, families):
+    """Fill Triton's cache in processes of their own, all at once."""
+    command = [sys.executable, __file__, "--parts", "compile", "--limit", "300"]
+    pairs = [(s, f) for s in shapes for f in families]
+    children = [subprocess.Popen([*command, "--shapes", s, "--families", f]) for s, f in pairs]
+    for child in children:
+        child.wait()
+
+
 def ptxas():
     """Version of the assembler in use."""
     path = os.environ.get("TRITON_PTXAS_PATH", "")
@@ -215,25 +297,29 @@ def main():
     begin = time.monotonic()
     emit(part="environment", torch=torch.__version__, gpu=torch.cuda.get_device_name(), ptxas=ptxas())
     # checks may take half of the time, so that there is always something timed
-    deadlines = {"check": begin + (0.5 if len(args.parts) > 1 else 1) * args.limit}
-    last = begin + args.limit
+    half = begin + (0.5 if len(args.parts) > 1 else 1) * args.limit
+    if "check" in args.parts:
+        for point in POINTS:
+            for family in args.families:
+                if point[6] == "trained" or family in ("gla", "simple_gla"):
+                    guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
     for part in args.parts:
-        deadline = deadlines.get(part, last)
-        if part == "check":
-            for point in POINTS:
-                for family in args.families:
-                    if point[6] != "trained" and family in ("retention", "linear_attention"):
-                        continue
-                    guarded({"part": part, "family": family, "point": point}, deadline, check, family, point)
-            continue
-        run = {"time": timed, "profile": profiled, "host": host}[part]
-        for T in (4096,) if part == "profile" else (1024,) if part == "host" else (1024, 4096, 16384):
-            for shape in args.shapes:
-                for family in args.families:
-                    if part == "profile" and family in ("retention",):
-                        continue
-                    what = {"part": part, "family": family, "shape": shape, "T": T}
-                    guarded(what, deadline, run, family, shape, T)
+        if part != "check":
+            measure(part, args.shapes, args.families, begin + args.limit)
+
+
+def measure(part, shapes, families, deadline):
+    """One part other than the checks, for each length, shape and family."""
+    if part == "sweep":
+        compile_variants(shapes, families)
+    runs = {"time": timed, "profile": profiled, "host": host}
+    runs |= {"sweep": functools.partial(sweep, reps=10), "compile": functools.partial(sweep, reps=0)}
+    lengths = {"time": (1024, 4096, 16384), "host": (1024,)}
+    for T in lengths.get(part, (4096,)):
+        for shape in shapes:
+            for family in families:
+                what = {"part": part, "family": family, "shape": shape, "T": T}
+                guarded(what, deadline, runs[part], family, shape, T)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def forward(
     o = torch.empty_like(v)
     kept = states_before(k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate)
     if chunks.total:
-        _output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
+        run_output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
     return o, final, kept
 
 
@@ -83,7 +83,7 @@ def states_before(
     else:
         totals = reach = k.new_empty(0, dtype=torch.float32)
     kept = Kept(states, totals, reach)
-    _state(
+    run_state(
         k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False
     )
     return kept
@@ -110,13 +110,13 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
     d_states = torch.empty_like(kept.states) if chunks.total else kept.states
-    _state(
+    run_state(
         q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True
     )
     dg = _empty_dg(g, gate, q, v)
     if chunks.total:
-        _output(k, q, do, g, kept, d_states, dv, chunks, scale=scale, gate=gate, reverse=True)
-        _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, scale=scale, gate=gate)
+        run_output(k, q, do, g, kept, d_states, dv, chunks, scale=scale, gate=gate, reverse=True)
+        run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, scale=scale, gate=gate)
     if gate == HEAD:
         dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
     return dq, dk, dv, dg, d_initial
@@ -192,7 +192,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
-def _state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+    """Launch state_kernel: fills `states` and `last` from `first`."""
     T, H, K, V = *k.shape[1:], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.state
@@ -223,12 +224,12 @@ def _state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gat
         HAS_FIRST=first is not None,
         HAS_LAST=last is not None,
         PRECISION=precision(k.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options(),
     )
 
 
-def _output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
+def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
+    """Launch output_kernel: fills `o`."""
     T, H, K, V = *k.shape[1:], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.output
@@ -257,12 +258,12 @@ def _output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> Non
         REVERSE=reverse,
         PACKED=chunks.table is not None,
         PRECISION=precision(k.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options(),
     )
 
 
-def _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
+def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
+    """Launch gradient_kernel: fills `dq`, `dk` and `dg`."""
     B, T, H, K, V = *k.shape, v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.gradient
@@ -293,6 +294,5 @@ def _gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate
         GATE=gate,
         PACKED=chunks.table is not None,
         PRECISION=precision(k.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options(),
     )
