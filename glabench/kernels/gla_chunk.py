@@ -15,6 +15,7 @@ from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, NONE, Kept
 
 FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512
+INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -152,7 +153,7 @@ def _check_devices(q, *others) -> None:
     for x in others:
         if x is not None and x.device != q.device:
             raise ShapeError(f"tensors are on {q.device} and {x.device}")
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
+    if not q.is_cuda and not INTERPRETED:
         raise UnavailableError(f"no kernels for {q.device}", where="gla_chunk", fix="use gla_chunk_torch")
 
 
@@ -251,8 +252,11 @@ def chunk_op(
     o, final, kept = _forward(
         q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
     )
-    nothing = [q.new_empty(0, dtype=torch.float32) for _ in range(4)]
-    return o, nothing[0] if final is None else final, *(nothing[1:] if recompute else kept)
+    return o, *(_or_nothing(q, x) for x in (final, *((None,) * 3 if recompute else kept)))
+
+
+def _or_nothing(q: Tensor, x: Tensor | None) -> Tensor:
+    return q.new_empty(0, dtype=torch.float32) if x is None else x
 
 
 @chunk_op.register_fake
@@ -301,20 +305,16 @@ def chunk_backward_op(
     kept = None if recompute else Kept(states, totals, reach)
     wants = initial_state is not None
     found = _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants)
-    return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in found)
+    return tuple(_or_nothing(q, x) for x in found)
 
 
 @chunk_backward_op.register_fake
 def _(do, d_final, q, k, v, g, initial_state, cu_seqlens, states, totals, reach, scale, gate, recompute):
-    none = q.new_empty(0, dtype=torch.float32)
-    full = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    dg = none if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
-    state = (
-        none
-        if initial_state is None
-        else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    made = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, g, initial_state)
     )
-    return (*full, dg, q.new_empty(0, dtype=torch.float32) if state is none else state)
+    return tuple(_or_nothing(q, x) for x in made)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -112,7 +112,7 @@ def gradient_kernel(
     dA = tl.zeros([C, C], tl.float32)
     dq = tl.zeros([C, BK], tl.float32)
     dk = tl.zeros([C, BK], tl.float32)
-    carried = tl.zeros([BK], tl.float32)
+    crossed = tl.zeros([BV, BK], tl.float32)  # summed over rows after the loop: no reduction inside it
     for vc in range(0, V, BV):
         value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
         grad = load_tile(do, rows, count, H * V, vc, V, BV).to(TYPE)
@@ -122,9 +122,10 @@ def gradient_kernel(
         dq = tl.dot(grad, state, dq, input_precision=PRECISION)
         dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
         if GATE >= HEAD:
-            carried += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
+            crossed += state.to(tl.float32) * dstate.to(tl.float32)
     x = load_tile(q + token * K, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k + token * K, rows, count, H * K, col, K, BK).to(TYPE)
+    carried = tl.sum(crossed, 0)
     dA = tl.where(rows[:, None] >= rows[None, :], dA * scale, 0.0)
     dq *= scale
     if GATE == CHANNEL:

@@ -24,8 +24,8 @@ class Kept(NamedTuple):
     """
 
     states: Tensor
-    totals: Tensor
-    reach: Tensor
+    totals: Tensor | None
+    reach: Tensor | None
 
 
 class Chunks(NamedTuple):
@@ -81,7 +81,7 @@ def states_before(
         totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
         reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
     else:
-        totals = reach = k.new_empty(0, dtype=torch.float32)
+        totals = reach = None
     kept = Kept(states, totals, reach)
     run_state(
         k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False
