@@ -5,17 +5,15 @@ pass; the recomputing one keeps none, and runs the state pass again.
 """
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
-from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, NONE, Kept
+from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, Kept
 
 FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512
-INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -1,5 +1,6 @@
 """Tile shapes of the chunk kernels: measured ones as data, and a rule for every other shape."""
 
+import functools
 from dataclasses import dataclass
 
 CHANNEL = 3  # the gate kind with a hard branch: gla_tiles
@@ -38,6 +39,7 @@ class Plan:
 MEASURED: dict[tuple[int, int, int], Plan] = {}
 
 
+@functools.cache
 def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
     """Tiles for key and value widths; `wide` is float32 arithmetic, whose tiles take twice the room."""
     if not wide and (K, V, gate) in MEASURED:

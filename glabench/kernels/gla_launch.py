@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from glabench.errors import ShapeError
@@ -15,6 +17,7 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
+INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
 class Kept(NamedTuple):
@@ -179,7 +182,8 @@ def retention_gates(H: int, device: torch.device) -> Tensor:
 
 
 def _plan(q: Tensor, v: Tensor, gate: int):
-    return plan_for(q.shape[-1], v.shape[-1], gate, q.dtype != torch.bfloat16)
+    # int: where a tracer makes widths symbolic, they become constants of the graph
+    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, q.dtype != torch.bfloat16)
 
 
 def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
@@ -197,35 +201,23 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
     T, H, K, V = *k.shape[1:], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.state
-    grid = (-(-K // plan.BK) * -(-V // tile.BV) * chunks.rows * H,)
-    state_kernel[grid](
-        k,
-        v,
-        g,
-        kept.totals,
-        kept.reach,
-        states,
-        first,
-        last,
-        cu_seqlens,
-        chunks.offsets,
-        scale,
-        T,
-        chunks.each,
-        H=H,
-        K=K,
-        V=V,
-        C=CHUNK,
-        BK=plan.BK,
-        BV=tile.BV,
-        GATE=gate,
-        REVERSE=reverse,
-        PACKED=chunks.table is not None,
-        HAS_FIRST=first is not None,
-        HAS_LAST=last is not None,
-        PRECISION=precision(k.dtype),
-        **tile.options(),
-    )
+    constants = {
+        "H": H,
+        "K": K,
+        "V": V,
+        "C": CHUNK,
+        "BK": plan.BK,
+        "BV": tile.BV,
+        "GATE": gate,
+        "REVERSE": reverse,
+        "PACKED": chunks.table is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_LAST": last is not None,
+        "PRECISION": precision(k.dtype),
+    }
+    tensors = (k, v, g, kept.totals, kept.reach, states, first, last, cu_seqlens, chunks.offsets)
+    programs = -(-K // plan.BK) * -(-V // tile.BV) * chunks.rows * H
+    _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
@@ -233,33 +225,22 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> 
     T, H, K, V = *k.shape[1:], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.output
-    blocks = key_blocks(k, v, gate)
-    output_kernel[(-(-V // tile.BV) * H * chunks.total,)](
-        q,
-        k,
-        v,
-        g,
-        kept.totals,
-        kept.reach,
-        states,
-        o,
-        chunks.table,
-        scale,
-        T,
-        chunks.each,
-        H=H,
-        K=K,
-        V=V,
-        C=CHUNK,
-        BK=plan.BK,
-        BV=tile.BV,
-        NK2=1 << (blocks - 1).bit_length(),
-        GATE=gate,
-        REVERSE=reverse,
-        PACKED=chunks.table is not None,
-        PRECISION=precision(k.dtype),
-        **tile.options(),
-    )
+    constants = {
+        "H": H,
+        "K": K,
+        "V": V,
+        "C": CHUNK,
+        "BK": plan.BK,
+        "BV": tile.BV,
+        "NK2": 1 << (-(-K // plan.BK) - 1).bit_length(),
+        "GATE": gate,
+        "REVERSE": reverse,
+        "PACKED": chunks.table is not None,
+        "PRECISION": precision(k.dtype),
+    }
+    tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
+    programs = -(-V // tile.BV) * H * chunks.total
+    _launch(output_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
@@ -267,32 +248,43 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
     B, T, H, K, V = *k.shape, v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.gradient
-    gradient_kernel[(-(-K // plan.BK) * H * chunks.total,)](
-        q,
-        k,
-        v,
-        g,
-        do,
-        kept.totals,
-        kept.reach,
-        kept.states,
-        d_states,
-        dq,
-        dk,
-        dg,
-        chunks.table,
-        scale,
-        T,
-        chunks.each,
-        B * T,
-        H=H,
-        K=K,
-        V=V,
-        C=CHUNK,
-        BK=plan.BK,
-        BV=tile.BV,
-        GATE=gate,
-        PACKED=chunks.table is not None,
-        PRECISION=precision(k.dtype),
-        **tile.options(),
-    )
+    constants = {
+        "H": H,
+        "K": K,
+        "V": V,
+        "C": CHUNK,
+        "BK": plan.BK,
+        "BV": tile.BV,
+        "GATE": gate,
+        "PACKED": chunks.table is not None,
+        "PRECISION": precision(k.dtype),
+    }
+    tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
+    programs = -(-K // plan.BK) * H * chunks.total
+    _launch(gradient_kernel, programs, tensors, (scale, T, chunks.each, B * T), constants, tile)
+
+
+_compiled: dict[tuple, object] = {}
+
+
+def _launch(kernel, programs, tensors, numbers, constants, tile) -> None:
+    """Launch on the tensors' device; Triton's own look-up, 15 us, is taken once for each kind of call.
+
+    The key holds all that Triton specialises on: types, absence and alignment, but no value of `numbers`.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
+        return
+    device = tensors[0].device.index
+    kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
+    key = (kernel, device, tile, kinds, *constants.values())
+    compiled = _compiled.get(key)
+    with _on(device):
+        if compiled is None:
+            _compiled[key] = kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
+        else:
+            compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
+
+
+def _on(device: int):
+    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
