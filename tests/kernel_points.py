@@ -15,6 +15,7 @@ from family_calls import call, case
 from glabench import oracle
 from glabench.inputs import make_state
 from glabench.kernels import gla_chunk as kernels
+from glabench.kernels import gla_launch
 
 FUNCTIONS = {
     "gla": kernels.gla_chunk,
@@ -37,6 +38,7 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
         del options["initial_state"], options["d_state"]
     if how.pop("gate_dtype", None) == "fp16":  # products of float16 gates are exact, in the interpreter too
         tensors["g"] = tensors["g"].half()
+    gla_launch.SEGMENT = how.pop("segment", 64)
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
     given = {"cu_seqlens": options.get("cu_seqlens"), "output_final_state": states, **how}
     if how.pop("strided", False):

@@ -40,6 +40,8 @@ SETS = {
     "without states": [_point(f, 70, states=False) for f in FAMILIES],
     "strides and scale": [_point(f, 70, strided=True, scale=0.3, heads=3) for f in FAMILIES],
     "float16 gates": [_point(f, 130, regime="mixed", gate_dtype="fp16") for f in GATED],
+    "segments": [_point(f, 290, regime=r, segment=1, heads=1) for f in GATED for r in ("trained", "mixed")]
+    + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }
 

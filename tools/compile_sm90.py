@@ -47,8 +47,9 @@ def sources(name, H, K, V, gate, dtype, reverse, launch, BK):
     blocks = -(-K // BK)
     constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
+    constants |= {"SEGMENTS": 1, "KEEP": True}
     constants |= {"NK2": 1 << (blocks - 1).bit_length(), "PRECISION": gla_launch.precision(TORCH[dtype])}
-    absent = ["bounds", "offsets", "chunks", "first", "last"]
+    absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)

@@ -17,6 +17,7 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
+SEGMENT = 64  # chunks: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
@@ -197,10 +198,78 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
-    """Launch state_kernel: fills `states` and `last` from `first`."""
+    """Fill `states` and `last` from `first`, in one pass or, where rows are few and long, in segments."""
+    how = {"scale": scale, "gate": gate, "reverse": reverse}
+    G = segments_of(k, v, gate, chunks)
+    if G == 1:
+        state_pass(k, v, g, kept, states, first, last, cu_seqlens, chunks, **how)
+        return
+    B, T, H, K, V = *k.shape, v.shape[3]
+    table = _segments(B, T, G, k.device)
+    own = k.new_empty(B, G, H, K, V, dtype=torch.float32)
+    lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
+    state_pass(k, v, g, kept, states, None, own, None, chunks, **how, lost=lost, segments=table)
+    firsts = torch.empty_like(own)
+    order = list(reversed(range(G))) if reverse else list(range(G))
+    if first is None:
+        firsts[:, order[0]].zero_()
+    else:
+        firsts[:, order[0]].copy_(first)
+    for this, later in itertools.pairwise(order):
+        torch.addcmul(own[:, this], lost[:, this], firsts[:, this], out=firsts[:, later])
+    state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
+
+
+def segments_of(k: Tensor, v: Tensor, gate: int, chunks: Chunks) -> int:
+    """How many segments of a row are carried over side by side: two programs a multiprocessor, or so."""
+    if chunks.table is not None or chunks.each < 2 * SEGMENT:
+        return 1
+    plan = _plan(k, v, gate)
+    programs = -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * chunks.rows * k.shape[2]
+    return max(1, min(chunks.each // SEGMENT, 2 * _multiprocessors(k.device) // programs))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+
+
+@functools.cache
+def _segments(B: int, T: int, G: int, device: torch.device) -> Chunks:
+    """G segments of whole chunks in each of B rows, as if they were packed: bounds and chunk offsets."""
+    each = -(-T // CHUNK)
+    firsts = [each * i // G for i in range(G)]
+    offsets = [row * each + first for row in range(B) for first in firsts] + [B * each]
+    bounds = [row * T + first * CHUNK for row in range(B) for first in firsts] + [B * T]
+    like = {"dtype": torch.int64, "device": device}
+    return Chunks(B * G, G, 0, torch.tensor(bounds, **like), torch.tensor(offsets, **like))
+
+
+def state_pass(
+    k,
+    v,
+    g,
+    kept,
+    states,
+    first,
+    last,
+    cu_seqlens,
+    chunks,
+    *,
+    scale,
+    gate,
+    reverse,
+    lost=None,
+    segments=None,
+) -> None:
+    """Launch state_kernel; with `lost`, for the segments' own states and decays."""
     T, H, K, V = *k.shape[1:], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.state
+    if segments is None:
+        bounds, offsets, rows, G = cu_seqlens, chunks.offsets, chunks.rows, 1
+    else:
+        bounds, offsets, rows, G = segments.table, segments.offsets, segments.rows, segments.each
     constants = {
         "H": H,
         "K": K,
@@ -210,13 +279,15 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
         "BV": tile.BV,
         "GATE": gate,
         "REVERSE": reverse,
-        "PACKED": chunks.table is not None,
+        "PACKED": bounds is not None,
         "HAS_FIRST": first is not None,
         "HAS_LAST": last is not None,
+        "SEGMENTS": G,
+        "KEEP": lost is None,
         "PRECISION": precision(k.dtype),
     }
-    tensors = (k, v, g, kept.totals, kept.reach, states, first, last, cu_seqlens, chunks.offsets)
-    programs = -(-K // plan.BK) * -(-V // tile.BV) * chunks.rows * H
+    tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
+    programs = -(-K // plan.BK) * -(-V // tile.BV) * rows * H
     _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 

@@ -21,7 +21,7 @@ from glabench.kernels.gla_tiles import (
 
 
 @triton.jit(do_not_specialize=["T", "N", "scale"])
-def state_kernel(
+def state_kernel(  # noqa: C901  most branches are constants: one kernel for all gates, both ways
     k,
     v,
     g,
@@ -30,6 +30,7 @@ def state_kernel(
     h,
     first,
     last,
+    lost,
     bounds,
     offsets,
     scale,
@@ -46,9 +47,14 @@ def state_kernel(
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carry the state of one head of one row over its chunks, and keep it for each.
+    """Carry the state of one head of one row over its chunks, and KEEP it for each.
+
+    Rows in SEGMENTS: without KEEP, a segment's own state goes to `last` and its decay to `lost`, but for
+    the segment that no other follows; with KEEP, `first` has a state for each segment.
 
     Math:   S' = e^(b_C) S + sum_j e^(b_C - b_j) k_j v_j^T; REVERSE takes q, do, e^(b_j) and runs back.
     Grid:   K / BK, V / BV, rows * H, the first fastest; a program owns [BV, BK] of a state transposed.
@@ -67,11 +73,19 @@ def state_kernel(
         chunks = (tl.load(offsets + row + 1) - chunk0).to(tl.int32)
     else:
         low, high, chunk0, chunks = row * T, row * T + T, row * N, N
+    end = 0 if REVERSE else SEGMENTS - 1  # the segment that no other follows
+    if not KEEP:
+        chunks = tl.where(row % SEGMENTS == end, 0, chunks)
     rows = tl.arange(0, C)
     ks, vs = kb * BK + tl.arange(0, BK), vb * BV + tl.arange(0, BV)
-    whole = rh * K * V + ks[None, :] * V + vs[:, None]  # of [K, V], as states come and go
+    whole = ks[None, :] * V + vs[:, None]  # of [K, V], as states come and go
     inside = (ks < K)[None, :] & (vs < V)[:, None]
-    S = tl.load(first + whole, mask=inside, other=0.0) if HAS_FIRST else tl.zeros([BV, BK], tl.float32)
+    S = (
+        tl.load(first + rh * K * V + whole, mask=inside, other=0.0)
+        if HAS_FIRST
+        else tl.zeros([BV, BK], tl.float32)
+    )
+    decayed = tl.zeros([BK], tl.float32)
     TYPE: tl.constexpr = h.dtype.element_ty
     for n in range(chunks):
         m = chunks - 1 - n if REVERSE else n
@@ -89,23 +103,33 @@ def state_kernel(
             else:
                 sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
                 decay = after(gates, C, PRECISION)
-                if vb == 0:
+                if KEEP and vb == 0:
                     tl.store(total + at * K + ks, sums, mask=ks < K)
                     tl.store(reach + at * NK + kb, tl.min(sums, 0))
-            kept = S * power2(tl.maximum(sums * 0.5, -LIMIT))[None, :]
-            store_state(h + at * K * V, kept, vb * BV, kb * BK, V, K, BV, BK)
+            if KEEP:
+                kept = S * power2(tl.maximum(sums * 0.5, -LIMIT))[None, :]
+                store_state(h + at * K * V, kept, vb * BV, kb * BK, V, K, BV, BK)
+            decayed += sums
             S = S * power2(sums)[None, :]
             tile = (tile * power2(decay)).to(tile.dtype)
         else:
-            store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
+            if KEEP:
+                store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             if GATE != NONE:
                 gates = head_gates(g, start, head, rows, count, H, GATE, C)
-                S = S * power2(tl.sum(gates.to(tl.float32), 0) * LOG2E)
+                sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
+                S = S * power2(sums)
+                decayed += sums
                 decay = head_before(gates, C) if REVERSE else head_after(gates, C)
                 tile = (tile * power2(decay)[:, None]).to(tile.dtype)
         if REVERSE:
             S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)
         else:
             S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
-    if HAS_LAST:
-        tl.store(last + whole, S, mask=inside)
+    if not KEEP:
+        tl.store(last + rh * K * V + whole, S, mask=inside)
+        if vb == 0:
+            tl.store(lost + rh * K + ks, power2(decayed), mask=ks < K)
+    elif HAS_LAST:
+        inside = inside & (row % SEGMENTS == end)
+        tl.store(last + (row // SEGMENTS * H + head) * K * V + whole, S, mask=inside)
