@@ -54,10 +54,14 @@ def test_outputs_states_and_gradients_are_the_oracles(name):
 
 
 def _interpreted(points):
+    return _run("kernel_points.py", json.dumps(points))
+
+
+def _run(script, given=""):
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, str(HERE / "kernel_points.py")],
-        input=json.dumps(points),
+        [sys.executable, str(HERE / script)],
+        input=given,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -66,6 +70,12 @@ def _interpreted(points):
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
+    (found,) = _run("kernel_operators.py")
+    assert len(found) == 5
+    assert all(found.values()), found
 
 
 def _arguments(T=4, K=16, V=16, dtype=torch.float32):
