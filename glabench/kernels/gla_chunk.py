@@ -1,0 +1,338 @@
+"""Linear attention in chunks, own Triton kernels: gates per channel, per head, fixed, or none (GLA §4).
+
+Two forms: the materialised one keeps the state of each chunk from the forward pass for the backward
+pass; the recomputing one keeps none, and runs the state pass again.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
+from glabench.kernels import gla_launch
+from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, Kept
+
+FORMS = ("auto", "materialised", "recompute")
+WIDEST = 512
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def gla_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention, one gate a key channel. Returns (o, final state or None).
+
+    Shapes: q, k, g [B, T, H, K]; v, o [B, T, H, V]; states [rows, H, K, V], fp32; cu_seqlens [rows + 1].
+    Units:  g in nats per step, <= 0; scale is K ** -0.5 unless given.
+    Raises: ShapeError; UsageError for an unknown form.
+    Source: GLA eq. 3 and §4.
+    """
+    return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form)
+
+
+def gla_chunk_materialised(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
+    """gla_chunk that keeps the chunk states for the backward pass (GLA §4.1, "materialization")."""
+    options = (scale, initial_state, output_final_state, cu_seqlens, "materialised")
+    return _run(CHANNEL, q, k, v, g, *options)
+
+
+def gla_chunk_recompute(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
+    """gla_chunk that keeps no chunk states, and forms them again in the backward pass (GLA §4.1)."""
+    return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, "recompute")
+
+
+def simple_gla_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with one gate a head, g [B, T, H]; the rest as gla_chunk."""
+    return _run(HEAD, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form)
+
+
+def retention_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Retention: head h decays by 1 - 2 ** (-5 - h) a token (RetNet §2.1); the rest as gla_chunk."""
+    return _run(FIXED, q, k, v, None, scale, initial_state, output_final_state, cu_seqlens, form)
+
+
+def linear_attention_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with neither gate nor normaliser; the rest as gla_chunk."""
+    return _run(NONE, q, k, v, None, scale, initial_state, output_final_state, cu_seqlens, form)
+
+
+def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form):
+    if form not in FORMS:
+        raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
+    _check(gate, q, k, v, g, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    recompute = form == "recompute"
+    if _is_traced(q):
+        o, final, *_ = chunk_op(
+            q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute
+        )
+        return o, final if output_final_state else None
+    args = (q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute)
+    return ChunkFunction.apply(*args)
+
+
+def _is_traced(q: Tensor) -> bool:
+    """Whether a compiler or exporter looks on: the custom operator is opaque to it, but slower to call."""
+    return torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter)
+
+
+def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
+    """Raises ShapeError naming what does not fit, UnavailableError where there is no GPU."""
+    _check_inputs(q, k, v)
+    if gate in (HEAD, CHANNEL):
+        if g.shape != (q.shape if gate == CHANNEL else q.shape[:3]):
+            raise ShapeError(f"g {_of(g)} does not fit q {_of(q)}")
+        if g.dtype not in DTYPES:
+            raise ShapeError(f"g {g.dtype} is not one of bf16, fp16 and fp32")
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        if rows != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+            raise ShapeError(f"packed sequences need a batch of 1 and cu_seqlens [rows + 1], not {rows}")
+        rows = cu_seqlens.shape[0] - 1
+    if state is not None:
+        if state.shape != (rows, *q.shape[2:], v.shape[3]):
+            raise ShapeError(f"initial_state {_of(state)} is not {[rows, *q.shape[2:], v.shape[3]]}")
+        if state.dtype != torch.float32:
+            raise ShapeError(f"initial_state {state.dtype} is not float32")
+    _check_devices(q, k, v, g, state, cu_seqlens)
+
+
+def _check_inputs(q, k, v) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
+    for name, x in (("d_k", q), ("d_v", v)):
+        if not 0 < x.shape[3] <= WIDEST or x.shape[3] % 16:
+            raise ShapeError(f"{name} {x.shape[3]} is not a multiple of 16 up to {WIDEST}")
+
+
+def _check_devices(q, *others) -> None:
+    for x in others:
+        if x is not None and x.device != q.device:
+            raise ShapeError(f"tensors are on {q.device} and {x.device}")
+    if not q.is_cuda and not INTERPRETED:
+        raise UnavailableError(f"no kernels for {q.device}", where="gla_chunk", fix="use gla_chunk_torch")
+
+
+def _of(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+class ChunkFunction(torch.autograd.Function):
+    """The operator without the dispatcher's cost: see chunk_op."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute):
+        q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
+        o, final, kept = _forward(
+            q,
+            k,
+            v,
+            g,
+            initial_state,
+            cu_seqlens,
+            scale=scale,
+            gate=gate,
+            output_final_state=output_final_state,
+        )
+        states, totals, reach = (None,) * 3 if recompute else kept
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, states, totals, reach)
+        ctx.scale, ctx.gate = scale, gate
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, d_final):
+        q, k, v, g, initial_state, cu_seqlens, states, totals, reach = ctx.saved_tensors
+        kept = None if states is None else Kept(states, totals, reach)
+        wants = initial_state is not None and ctx.needs_input_grad[4]
+        found = _backward(
+            do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, ctx.scale, ctx.gate, wants
+        )
+        return *found, None, None, None, None, None
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def _forward(q, k, v, g, initial_state, cu_seqlens, *, scale, gate, output_final_state):
+    if gate == FIXED:
+        g = gla_launch.retention_gates(q.shape[2], q.device)
+    return gla_launch.forward(
+        q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
+    )
+
+
+def _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants_d_initial):
+    if gate == FIXED:
+        g = gla_launch.retention_gates(q.shape[2], q.device)
+    do = torch.zeros_like(v) if do is None else _packed(do)
+    d_final = _packed(d_final)
+    if kept is None:
+        chunks = gla_launch.chunks_of(*q.shape[:2], cu_seqlens)
+        kept = gla_launch.states_before(k, v, g, initial_state, None, cu_seqlens, chunks, gate=gate)
+    return gla_launch.backward(
+        do,
+        d_final,
+        q,
+        k,
+        v,
+        g,
+        kept,
+        cu_seqlens,
+        scale=scale,
+        gate=gate,
+        wants_d_initial=wants_d_initial,
+    )
+
+
+# --- the same as operators, for what traces a program: an operator gives tensors, so "none" has no elements
+
+
+@torch.library.custom_op("glabench::linear_chunk", mutates_args=())
+def chunk_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    gate: int,
+    output_final_state: bool,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state, and what the backward pass needs: states, totals and reach."""
+    q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
+    o, final, kept = _forward(
+        q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
+    )
+    return o, *(_or_nothing(q, x) for x in (final, *((None,) * 3 if recompute else kept)))
+
+
+def _or_nothing(q: Tensor, x: Tensor | None) -> Tensor:
+    return q.new_empty(0, dtype=torch.float32) if x is None else x
+
+
+@chunk_op.register_fake
+def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute):
+    B, T, H, V = v.shape
+    K, wide = q.shape[3], torch.float32
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = _chunk_count(B, T, cu_seqlens)
+    has_totals = gate == CHANNEL and not recompute
+    return (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        q.new_empty((rows, H, K, V) if output_final_state else 0, dtype=wide),
+        q.new_empty(0, dtype=wide)
+        if recompute
+        else q.new_empty(chunks, H, V, K, dtype=gla_launch.state_dtype(q.dtype)),
+        q.new_empty((chunks, H, K) if has_totals else 0, dtype=wide),
+        q.new_empty((chunks, H, gla_launch.key_blocks(q, v, gate)) if has_totals else 0, dtype=wide),
+    )
+
+
+def _chunk_count(B, T, cu_seqlens):
+    if cu_seqlens is None:
+        return B * (-(-T // gla_launch.CHUNK))
+    return torch.library.get_ctx().new_dynamic_size()  # only the bounds say how many
+
+
+@torch.library.custom_op("glabench::linear_chunk_backward", mutates_args=())
+def chunk_backward_op(
+    do: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    totals: Tensor,
+    reach: Tensor,
+    scale: float,
+    gate: int,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and the initial state."""
+    q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
+    kept = None if recompute else Kept(states, totals, reach)
+    wants = initial_state is not None
+    found = _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants)
+    return tuple(_or_nothing(q, x) for x in found)
+
+
+@chunk_backward_op.register_fake
+def _(do, d_final, q, k, v, g, initial_state, cu_seqlens, states, totals, reach, scale, gate, recompute):
+    made = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, g, initial_state)
+    )
+    return tuple(_or_nothing(q, x) for x in made)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, g, initial_state, cu_seqlens, scale, gate, _, recompute = inputs
+    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *output[2:])
+    ctx.scale, ctx.gate, ctx.recompute = scale, gate, recompute
+    ctx.has_final = inputs[8]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, d_final, *_):
+    q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    d_final = d_final if ctx.has_final else None
+    dq, dk, dv, dg, d_initial = chunk_backward_op(
+        do, d_final, q, k, v, g, initial_state, cu_seqlens, *kept, ctx.scale, ctx.gate, ctx.recompute
+    )
+    dg = None if g is None else dg
+    d_initial = None if initial_state is None else d_initial
+    return dq, dk, dv, dg, d_initial, None, None, None, None, None
+
+
+chunk_op.register_autograd(_differentiate, setup_context=_setup)

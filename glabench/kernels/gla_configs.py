@@ -1,0 +1,57 @@
+"""Tile shapes of the chunk kernels: measured ones as data, and a rule for every other shape."""
+
+import functools
+from dataclasses import dataclass
+
+CHANNEL = 3  # the gate kind with a hard branch: gla_tiles
+CHUNK = 64  # larger chunks move fewer bytes, but leave one program a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Tile of value channels, warps, pipeline stages and register limit of one kernel.
+
+    A limit pays where only the branch of hard tiles needs more: it spills there, and more programs fit.
+    """
+
+    BV: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton's launch takes."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tile of key channels, which all kernels share, and each kernel's launch."""
+
+    BK: int
+    state: Launch
+    output: Launch
+    gradient: Launch
+
+
+# (d_k, d_v, gate kind) of 16-bit inputs -> a plan better than the rule's; empty until one is measured
+MEASURED: dict[tuple[int, int, int], Plan] = {}
+
+
+@functools.cache
+def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
+    """Tiles for key and value widths; `wide` is float32 arithmetic, whose tiles take twice the room."""
+    if not wide and (K, V, gate) in MEASURED:
+        return MEASURED[K, V, gate]
+    most = 32 if wide else 64
+    BK, BV = min(most, _power2(K)), min(most, _power2(V))
+    stages = 1 if wide else 3
+    usual = Launch(BV, 4, stages)
+    # one block of key channels: what lies outside the hard branch fits, and four programs a multiprocessor
+    output = Launch(BV, 4, stages, registers=128) if gate == CHANNEL and BK >= K and not wide else usual
+    return Plan(BK, usual, output, usual)
+
+
+def _power2(width: int) -> int:
+    return 1 << (width - 1).bit_length()

@@ -1,0 +1,185 @@
+"""The gradients of q, k and g of each chunk, from the states before it and the state gradients after it."""
+
+import triton
+import triton.language as tl
+
+from glabench.kernels.gla_tiles import (
+    CHANNEL,
+    FIXED,
+    HEAD,
+    LEVELS,
+    LIMIT,
+    LOG2E,
+    NONE,
+    after,
+    before,
+    centred,
+    chunk_bounds,
+    head_after,
+    head_before,
+    head_between,
+    head_gates,
+    level_decays,
+    level_pairs,
+    load_channels,
+    load_state,
+    load_tile,
+    power2,
+    store_tile,
+)
+
+
+@triton.jit
+def sums_to_end(x, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of x [C, BK] from each token to the chunk's end; 16-bit operands go in two parts."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    later = tl.where(s >= i, 1.0, 0.0).to(OPERAND)
+    high = x.to(OPERAND)
+    found = tl.dot(later, high, input_precision=PRECISION)
+    if tl.float32 != OPERAND:
+        found = tl.dot(later, (x - high.to(tl.float32)).to(OPERAND), found)
+    return found
+
+
+@triton.jit
+def hard_gradients(x, y, g, dA, dq, dk, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a hard tile's part inside the chunk to dq and dk; also the terms of its gates' gradient."""
+    terms = tl.zeros_like(dq)
+    for level in range(LEVELS):
+        p, e = level_decays(g, level, C, PRECISION)
+        p, e = power2(p), power2(e)
+        xp, ye = (x * p).to(x.dtype), (y * e).to(x.dtype)
+        part = tl.where(level_pairs(level, C, False), dA, 0.0).to(x.dtype)
+        to_q = tl.dot(part, ye, input_precision=PRECISION)
+        to_k = tl.dot(tl.trans(part), xp, input_precision=PRECISION)
+        dq += to_q * p
+        dk += to_k * e
+        terms += xp * to_q - ye * to_k
+    return dq, dk, terms
+
+
+@triton.jit(do_not_specialize=["T", "N", "tokens", "scale"])
+def gradient_kernel(
+    q,
+    k,
+    v,
+    g,
+    do,
+    total,
+    reach,
+    h,
+    dh,
+    dq_out,
+    dk_out,
+    dg_out,
+    chunks,
+    scale,
+    T,
+    N,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
+
+    Math:   dA_ij = do_i . v_j; dq = P (do S^T) + dA k~; dk = X (v dS^T) + dA^T q~;
+            dg_t = sum_{i >= t} (q dq - k dk)_i, k dk without its state part for j >= t, + rowsum(S' dS).
+    Grid:   K / BK, H, chunks, the first fastest: programs that share v and do run together.
+    HBM:    reads v, do K / BK times, q, k, g and both states once; writes dq, dk, dg once.
+    Stable: q dq and k dk come from the rounded operands of the products, so that pairs cancel exactly.
+    Source: GLA §4.4 and appendix; eq. 4 for the scores.
+    """
+    pid = tl.program_id(0)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
+    TYPE: tl.constexpr = h.dtype.element_ty
+    start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
+    rows = tl.arange(0, C)
+    token = start * H + head
+    v += token * V
+    do += token * V
+    at = chunk * H + head
+    h += at * K * V
+    dh += at * K * V
+    col = kb * BK
+    dA = tl.zeros([C, C], tl.float32)
+    dq = tl.zeros([C, BK], tl.float32)
+    dk = tl.zeros([C, BK], tl.float32)
+    crossed = tl.zeros([BV, BK], tl.float32)  # summed over rows after the loop: no reduction inside it
+    for vc in range(0, V, BV):
+        value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
+        grad = load_tile(do, rows, count, H * V, vc, V, BV).to(TYPE)
+        state = load_state(h, vc, col, V, K, BV, BK)
+        dstate = load_state(dh, vc, col, V, K, BV, BK)
+        dA = tl.dot(grad, tl.trans(value), dA, input_precision=PRECISION)
+        dq = tl.dot(grad, state, dq, input_precision=PRECISION)
+        dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
+        if GATE >= HEAD:
+            crossed += state.to(tl.float32) * dstate.to(tl.float32)
+    x = load_tile(q + token * K, rows, count, H * K, col, K, BK).to(TYPE)
+    y = load_tile(k + token * K, rows, count, H * K, col, K, BK).to(TYPE)
+    carried = tl.sum(crossed, 0)
+    dA = tl.where(rows[:, None] >= rows[None, :], dA * scale, 0.0)
+    dq *= scale
+    if GATE == CHANNEL:
+        gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
+        if tl.load(reach + at * NK + kb) >= -2 * LIMIT:
+            decay = centred(gates, C, PRECISION)
+            up, down = power2(decay), power2(-decay)
+            xs, ys = (x * up).to(x.dtype), (y * down).to(x.dtype)
+            carried += tl.sum(ys * dk, 0)
+            part = dA.to(x.dtype)
+            dq = tl.dot(part, ys, dq, input_precision=PRECISION)
+            terms = xs * dq
+            store_tile(dq_out + token * K, dq * up, rows, count, H * K, col, K, BK)
+            dk = tl.dot(tl.trans(part), xs, dk, input_precision=PRECISION)
+            terms -= ys * dk
+            store_tile(dk_out + token * K, dk * down, rows, count, H * K, col, K, BK)
+        else:
+            sums = load_channels(total + at * K, col, K, BK)
+            r = tl.maximum(sums * 0.5, -LIMIT)
+            carried *= power2(sums - 2 * r)
+            up = power2(before(gates, C, PRECISION) - r[None, :])
+            down = power2(after(gates, C, PRECISION) - r[None, :])
+            dq *= up
+            dk *= down
+            gained = y * dk
+            carried += tl.sum(gained, 0)
+            terms = x * dq - gained
+            dq, dk, inner = hard_gradients(x, y, gates, dA, dq, dk, C, PRECISION)
+            terms += inner
+            store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
+            store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
+        dg = sums_to_end(terms, C, x.dtype, PRECISION) + carried[None, :]
+        store_tile(dg_out + token * K, dg, rows, count, H * K, col, K, BK)
+    elif GATE == NONE:
+        part = dA.to(x.dtype)
+        dq = tl.dot(part, y, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+    else:
+        gates = head_gates(g, start, head, rows, count, H, GATE, C)
+        dq *= power2(head_before(gates, C))[:, None]
+        dk *= power2(head_after(gates, C))[:, None]
+        part = (dA * head_between(gates, GATE, False, C)).to(x.dtype)
+        if GATE == FIXED:
+            dq = tl.dot(part, y, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+        else:
+            passed = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E) * tl.sum(carried, 0)
+            passed += tl.sum(tl.sum(y * dk, 1), 0)
+            dq = tl.dot(part, y, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+            terms = tl.sum(x * dq - y * dk, 1)
+            later = rows[:, None] <= rows[None, :]
+            dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
+            tl.store(dg_out + kb * tokens * H + token + rows * H, dg, mask=rows < count)
+    if GATE != CHANNEL:
+        store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
+        store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)

@@ -1,0 +1,203 @@
+"""What the chunk kernels share inside a tile: products, decays in base 2, and the exact form of a hard tile.
+
+A chunk's decays are centred on half of its total: with c_i = b_i - b_C / 2, q exp(c) and k exp(-c) serve
+the scores, the state and every gradient (GLA §4.3, with one reference in place of many). Where a channel
+loses more than 2 ** (2 LIMIT) in a chunk, its tile is *hard* and is halved until single tokens remain:
+at each level the queries of a second half meet the keys of the first, both decaying towards the border
+between them, so that every exponent is a sum of gates, and none is a difference.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LEVELS = tl.constexpr(7)  # halvings of a chunk of up to 64 tokens, and the diagonal
+LIMIT = tl.constexpr(60.0)  # operands stay in 2 ** +-60: far from float32's 2 ** +-126, in bf16 as well
+
+NONE = tl.constexpr(0)  # no gate
+FIXED = tl.constexpr(1)  # one gate a head, the same for every token: [H]
+HEAD = tl.constexpr(2)  # one gate a head and token: [B, T, H]
+CHANNEL = tl.constexpr(3)  # one gate a key channel: [B, T, H, K]
+
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def power2(x):
+        """2 ** x."""
+        return tl.exp2(x)
+
+else:
+
+    @triton.jit
+    def power2(x):
+        """2 ** x; what is below 2 ** -126 becomes 0, which saves the two instructions of a denormal."""
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def load_tile(x, rows, count, stride, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[C, BLOCK] of a chunk from column `col`; zeros past the chunk's `count` tokens and the width."""
+    cols = col + tl.arange(0, BLOCK)
+    mask = (rows < count)[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (cols < WIDTH)[None, :]
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, tile, rows, count, stride, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The reverse of load_tile."""
+    cols = col + tl.arange(0, BLOCK)
+    mask = (rows < count)[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (cols < WIDTH)[None, :]
+    tl.store(x + rows[:, None] * stride + cols[None, :], tile.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_state(h, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """[BV, BK] of a stored state [V, K] from (v, k)."""
+    vs, ks = v + tl.arange(0, BV), k + tl.arange(0, BK)
+    x = h + vs[:, None] * K + ks[None, :]
+    if V % BV != 0 or K % BK != 0:
+        return tl.load(x, mask=(vs < V)[:, None] & (ks < K)[None, :], other=0.0)
+    return tl.load(x)
+
+
+@triton.jit
+def store_state(h, tile, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """The reverse of load_state."""
+    vs, ks = v + tl.arange(0, BV), k + tl.arange(0, BK)
+    x = h + vs[:, None] * K + ks[None, :]
+    if V % BV != 0 or K % BK != 0:
+        tl.store(x, tile.to(h.dtype.element_ty), mask=(vs < V)[:, None] & (ks < K)[None, :])
+    else:
+        tl.store(x, tile.to(h.dtype.element_ty))
+
+
+@triton.jit
+def load_channels(x, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] of a vector [WIDTH]."""
+    cols = col + tl.arange(0, BLOCK)
+    return tl.load(x + cols, mask=cols < WIDTH, other=0.0)
+
+
+@triton.jit
+def chunk_bounds(chunk, chunks, T, N, C: tl.constexpr, PACKED: tl.constexpr):
+    """The chunk's first token, counted over all rows, and its number of tokens."""
+    if PACKED:
+        start = tl.load(chunks + 2 * chunk)
+        count = tl.load(chunks + 2 * chunk + 1)
+    else:
+        first = (chunk % N) * C
+        start = (chunk // N).to(tl.int64) * T + first
+        count = tl.minimum(T - first, C).to(tl.int64)
+    return start, count
+
+
+@triton.jit
+def summed(mask, g, PRECISION: tl.constexpr):
+    """Sums of gates in base-2 units: the gates [C, BK] that each row of `mask` [C, C] weighs."""
+    return tl.dot(mask.to(g.dtype), g, input_precision=PRECISION) * LOG2E
+
+
+@triton.jit
+def before(g, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Log decay from the chunk's start through each token."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return summed(tl.where(s <= i, 1.0, 0.0), g, PRECISION)
+
+
+@triton.jit
+def after(g, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Log decay from after each token to the chunk's end."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return summed(tl.where(s > i, 1.0, 0.0), g, PRECISION)
+
+
+@triton.jit
+def centred(g, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Log decay through each token, counted from half of the chunk's total."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return summed(tl.where(s <= i, 0.5, -0.5), g, PRECISION)
+
+
+@triton.jit
+def level_decays(g, level, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Log decays of queries from, and of keys to, the borders of one level; 0 at level 0, the diagonal."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    near = (i ^ s) < ((1 << level) >> 1)
+    p = summed(tl.where(near & (s <= i), 1.0, 0.0), g, PRECISION)
+    x = summed(tl.where(near & (s > i), 1.0, 0.0), g, PRECISION)
+    return p, x
+
+
+@triton.jit
+def level_pairs(level, C: tl.constexpr, MIRROR: tl.constexpr):
+    """[C, C]: whether a level joins query (row) and key (column); the other way round if MIRROR."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    apart = i ^ j
+    joined = (apart >= ((1 << level) >> 1)) & (apart < (1 << level))
+    if MIRROR:
+        return joined & (i <= j)
+    return joined & (i >= j)
+
+
+@triton.jit
+def halved_scores(rows, cols, g, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of a hard tile: rows are queries and columns keys, or the other way round if REVERSE."""
+    A = tl.zeros([C, C], tl.float32)
+    for level in range(LEVELS):
+        p, x = level_decays(g, level, C, PRECISION)
+        if REVERSE:
+            p, x = x, p
+        r = (rows * power2(p)).to(rows.dtype)
+        c = (cols * power2(x)).to(rows.dtype)
+        found = tl.dot(r, tl.trans(c), input_precision=PRECISION)
+        A += tl.where(level_pairs(level, C, REVERSE), found, 0.0)
+    return A
+
+
+@triton.jit
+def head_gates(g, start, h, rows, count, H, GATE: tl.constexpr, C: tl.constexpr):
+    """A head's log gates [C], 0 past the chunk's tokens, of which `start` is the first."""
+    if GATE == HEAD:
+        return tl.load(g + (start + rows) * H + h, mask=rows < count, other=0.0)
+    return tl.where(rows < count, tl.load(g + h), 0.0)
+
+
+@triton.jit
+def head_before(gates, C: tl.constexpr):
+    """[C] log decay from the chunk's start through each token, base 2, summed row by row: no scan."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.sum(tl.where(s <= i, gates.to(tl.float32)[None, :], 0.0), 1) * LOG2E
+
+
+@triton.jit
+def head_after(gates, C: tl.constexpr):
+    """[C] log decay from after each token to the chunk's end, base 2."""
+    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.sum(tl.where(s > i, gates.to(tl.float32)[None, :], 0.0), 1) * LOG2E
+
+
+@triton.jit
+def head_between(gates, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
+    """[C, C] decay from after token j through token i, 0 above the diagonal; transposed if MIRROR.
+
+    The sums are a product of two masks with the gates between them: the difference of two running
+    sums would lose a small gate beside a large one.
+    """
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    allowed = i <= j if MIRROR else i >= j
+    if GATE == FIXED:
+        apart = tl.where(i <= j, j - i, i - j).to(tl.float32)
+        reach = apart * tl.min(gates, 0)
+    elif MIRROR:
+        left = tl.where(j > i, gates[None, :], 0.0).to(gates.dtype)
+        reach = tl.dot(left, tl.where(i <= j, 1.0, 0.0).to(gates.dtype), input_precision="tf32x3")
+    else:
+        left = tl.where(j <= i, gates[None, :], 0.0).to(gates.dtype)
+        reach = tl.dot(left, tl.where(i > j, 1.0, 0.0).to(gates.dtype), input_precision="tf32x3")
+    return power2(tl.where(allowed, reach * LOG2E, float("-inf")))

@@ -1,0 +1,119 @@
+"""The Triton kernels under Triton's interpreter, in float32, against the float64 oracle.
+
+The interpreter runs in a process of its own: it is chosen when Triton is imported, for good. Its bf16
+products are wrong, so what only 16-bit tensors do is left to `glabench verify` on a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glabench.errors import GlabenchError, ShapeError, UsageError
+from glabench.kernels import linear_chunk
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+HERE = Path(__file__).parent
+FAMILIES = ("gla", "simple_gla", "retention", "linear_attention")
+GATED = FAMILIES[:2]
+REGIMES = ("zero", "vanishing", "strong", "extreme", "mixed")
+PACKED = [0, 1, 1, 64, 129, 200]  # lengths 1, 0, 63, 65, 71
+
+
+def _point(family, T, d_k=16, d_v=16, **how):
+    return {"family": family, "T": T, "d_k": d_k, "d_v": d_v, **how}
+
+
+SETS = {
+    "lengths": [_point(f, T) for f in FAMILIES for T in (1, 63, 64, 65, 130)],
+    "gates": [_point(f, 130, 32, 16, regime=r, heads=1) for f in GATED for r in REGIMES],
+    "widths": [_point(f, 65, K, V, heads=1) for f in FAMILIES for K, V in ((80, 48), (16, 96), (64, 16))],
+    "hard tiles beside others": [_point("gla", 65, 80, 48, regime="mixed", heads=1)],
+    "packed": [_point(f, 200, bounds=PACKED, regime=r) for f in GATED for r in ("trained", "mixed")]
+    + [_point(f, 200, bounds=PACKED) for f in FAMILIES[2:]],
+    "batches and heads": [_point(f, 70, batch=2, heads=3) for f in FAMILIES],
+    "without states": [_point(f, 70, states=False) for f in FAMILIES],
+    "strides and scale": [_point(f, 70, strided=True, scale=0.3, heads=3) for f in FAMILIES],
+    "float16 gates": [_point(f, 130, regime="mixed", gate_dtype="fp16") for f in GATED],
+    "segments": [_point(f, 290, regime=r, segment=1, heads=1) for f in GATED for r in ("trained", "mixed")]
+    + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
+    "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_outputs_states_and_gradients_are_the_oracles(name):
+    found = _interpreted(SETS[name])
+    assert [answer["point"] for answer in found] == SETS[name]
+    assert not [answer for answer in found if answer["errors"]]
+
+
+def _interpreted(points):
+    return _run("kernel_points.py", json.dumps(points))
+
+
+def _run(script, given=""):
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, str(HERE / script)],
+        input=given,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
+    (found,) = _run("kernel_operators.py")
+    assert len(found) == 5
+    assert all(found.values()), found
+
+
+def _arguments(T=4, K=16, V=16, dtype=torch.float32):
+    q, k, g = (torch.zeros(1, T, 2, K, dtype=dtype) for _ in range(3))
+    return {"q": q, "k": k, "v": torch.zeros(1, T, 2, V, dtype=dtype), "g": g}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": torch.zeros(1, 5, 2, 16)}, "do not fit"),
+        ({"g": torch.zeros(1, 4, 2)}, "g .* does not fit"),
+        ({"q": torch.zeros(1, 4, 2, 16).half()}, "are not one of"),
+        ({"g": torch.zeros(1, 4, 2, 16).double()}, "float64"),
+        ({"initial_state": torch.zeros(1, 2, 16, 32)}, "initial_state"),
+        ({"initial_state": torch.zeros(1, 2, 16, 16).half()}, "not float32"),
+        ({"cu_seqlens": torch.tensor([4])}, "cu_seqlens"),
+        (_arguments(K=24), "d_k 24 is not a multiple of 16"),
+        (_arguments(V=528), "d_v 528"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_a_launch(change, words):
+    from glabench.kernels.gla_chunk import gla_chunk
+
+    with pytest.raises(ShapeError, match=words):
+        gla_chunk(**(_arguments() | change))
+
+
+def test_an_unknown_form_is_told():
+    from glabench.kernels.gla_chunk import gla_chunk
+
+    with pytest.raises(UsageError, match="did you mean 'recompute'"):
+        gla_chunk(**_arguments(), form="recomputed")
+
+
+def test_without_a_gpu_it_says_so():
+    from glabench.kernels.gla_chunk import gla_chunk
+
+    with pytest.raises(GlabenchError, match="gla_chunk_torch"):
+        gla_chunk(**_arguments())
+    assert linear_chunk.gla_chunk_torch(**_arguments())[0].shape == (1, 4, 2, 16)

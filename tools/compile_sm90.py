@@ -1,0 +1,111 @@
+"""Compile every chunk kernel for Hopper, without a GPU, and print what the assembler made of it.
+
+One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions, seconds. With
+TRITON_PTXAS_PATH set, that assembler is used. Usage: compile_sm90.py [340m|1.3b|fig2 ...] [--dtype bf16]
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from glabench.kernels import gla_configs, gla_launch
+from glabench.kernels.gla_gradient import gradient_kernel
+from glabench.kernels.gla_output import output_kernel
+from glabench.kernels.gla_state import state_kernel
+
+SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
+GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KERNELS = {"state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
+
+
+def sources(name, H, K, V, gate, dtype, reverse, launch, BK):
+    """The kernel's signature and constants as the launch gives them, pointers and widths aligned to 16."""
+    kernel, x = KERNELS[name], POINTERS[dtype]
+    state = "*bf16" if dtype == "bf16" else "*fp32"
+    types = {
+        **dict.fromkeys(("q", "k", "v", "do", "o", "dq_out", "dk_out"), x),
+        "g": x if gate != GATES["fixed"] else "*fp32",
+        "dg_out": x if gate == GATES["channel"] else "*fp32",
+        **dict.fromkeys(("total", "reach", "first", "last"), "*fp32"),
+        **dict.fromkeys(("h", "dh"), state),
+        **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
+        "scale": "fp32",
+        **dict.fromkeys(("T", "N", "tokens"), "i32"),
+    }
+    blocks = -(-K // BK)
+    constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
+    constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
+    constants |= {"SEGMENTS": 1, "KEEP": True}
+    constants |= {"NK2": 1 << (blocks - 1).bit_length(), "PRECISION": gla_launch.precision(TORCH[dtype])}
+    absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
+    absent += ["g"] if gate == GATES["none"] else []
+    absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
+    constants |= dict.fromkeys(absent)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    return ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
+
+
+def report(label, source, launch):
+    """Compile and print one line."""
+    begin = time.perf_counter()
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options())
+    except Exception as err:  # noqa: BLE001  one kernel that does not compile must not hide the others
+        print(f"{label:44} FAILED {type(err).__name__}: {str(err)[:200]}", flush=True)  # noqa: T201
+        return
+    ptx = made.asm["ptx"]
+    registers, spills = assembled(ptx)
+    line = f"{label:44} BV {launch.BV:3} warps {launch.warps} stages {launch.stages} registers {registers:3} "
+    line += f"spills {spills:4} shared {made.metadata.shared:6} "
+    line += f"wgmma {len(re.findall('wgmma.mma_async', ptx)):4} "
+    line += f"mma {len(re.findall('mma.sync', ptx)):4} {time.perf_counter() - begin:5.1f} s"
+    print(line, flush=True)  # noqa: T201
+
+
+def assembled(ptx):
+    """Registers and spilled bytes, by the assembler's own count."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        ptxas = os.environ.get("TRITON_PTXAS_PATH", "ptxas")
+        command = [ptxas, "-v", "--gpu-name", "sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", text))
+    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
+
+
+def main():
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--dtype", choices=list(POINTERS), default="bf16")
+    parser.add_argument("--gates", nargs="+", default=list(GATES))
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS))
+    args = parser.parse_args()
+    for shape in args.shapes:
+        H, K, V = SHAPES[shape]
+        for gate in args.gates:
+            plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
+            for name in args.kernels:
+                for reverse in (False, True) if name != "gradient" else (False,):
+                    launch = getattr(plan, name)
+                    made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, launch, plan.BK)
+                    report(f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}", made, launch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Check and time the chunk kernels on a GPU, quickly: JSON lines, one a point, failures included.
+
+Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep] [--shapes 340m 1.3b fig2]
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+
+import torch
+
+from glabench import oracle
+from glabench.cases import Case
+from glabench.inputs import make_grad_out, make_inputs, make_state
+from glabench.kernels import gla_chunk as ours
+from glabench.kernels import gla_configs
+from glabench.kernels import gla_launch as launch
+
+FUNCTIONS = {
+    "gla": ours.gla_chunk,
+    "simple_gla": ours.simple_gla_chunk,
+    "retention": ours.retention_chunk,
+    "linear_attention": ours.linear_attention_chunk,
+}
+SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
+TOKENS = 32768
+PACKED = (0, 1, 1, 64, 129, 200, 332)
+# T, batch, heads, d_k, d_v, dtype, regime, packed, form; the model shapes in the dtype that counts come first
+POINTS = [
+    (256, 1, 4, 128, 256, "bf16", "trained", False, "auto"),
+    (200, 1, 16, 64, 64, "bf16", "trained", False, "auto"),
+    (200, 1, 4, 256, 512, "bf16", "trained", False, "auto"),
+    (200, 1, 2, 128, 256, "bf16", "mixed", False, "auto"),
+    (200, 1, 2, 64, 64, "bf16", "mixed", False, "auto"),
+    (130, 1, 2, 64, 64, "fp32", "trained", False, "auto"),
+    (130, 1, 2, 128, 128, "fp32", "mixed", False, "auto"),
+    (130, 2, 3, 48, 96, "fp16", "trained", False, "auto"),
+    (65, 2, 3, 96, 48, "fp16", "mixed", False, "auto"),
+    (332, 1, 3, 48, 96, "bf16", "mixed", True, "auto"),
+    (332, 1, 3, 80, 16, "fp32", "trained", True, "auto"),
+    (1, 1, 1, 64, 64, "bf16", "trained", False, "auto"),
+    (63, 2, 3, 16, 80, "fp32", "zero", False, "auto"),
+    (130, 1, 2, 64, 64, "fp32", "strong", False, "auto"),
+    (130, 1, 2, 64, 64, "fp32", "extreme", False, "auto"),
+    (130, 1, 2, 128, 64, "bf16", "extreme", False, "auto"),
+    (200, 2, 2, 512, 512, "bf16", "trained", False, "auto"),
+    (130, 1, 2, 64, 64, "bf16", "mixed", False, "recompute"),
+]
+
+
+def emit(**fields):
+    """Print one JSON line."""
+    print(json.dumps(fields), flush=True)  # noqa: T201
+
+
+def guarded(what, deadline, run, *args):
+    """Run one point; what it raises becomes its line, and past the deadline it is left out by name."""
+    if time.monotonic() > deadline:
+        emit(**what, status="skipped", reason="time limit")
+        return
+    begin = time.perf_counter()
+    try:
+        emit(**what, **run(*args), seconds=round(time.perf_counter() - begin, 2))
+    except Exception as err:  # noqa: BLE001  the points after a failure are wanted as well
+        where = traceback.extract_tb(err.__traceback__)[-1]
+        emit(
+            **what,
+            status="error",
+            reason=f"{type(err).__name__}: {err}"[:300],
+            where=f"{where.name}:{where.lineno}",
+        )
+
+
+def call(family, T, batch, heads, d_k, d_v, dtype, regime, rows=None):
+    """Inputs by name, the output's gradient, a state and the final state's gradient."""
+    sizes = {"batch": batch, "seqlen": T, "heads": heads, "d_k": d_k, "d_v": d_v, "head_dim": d_v}
+    case = Case(shape="try", passes="fwd_bwd", dtype=dtype, **sizes)
+    tensors = make_inputs(family, case, "cuda", 0, regime=regime)
+    d_out = make_grad_out(family, case, "cuda", 1)
+    return (
+        tensors,
+        d_out,
+        make_state(family, case, "cuda", 2, rows),
+        make_state(family, case, "cuda", 3, rows),
+    )
+
+
+def check(family, point):
+    """Every output and gradient against float64, memory poisoned."""
+    T, batch, heads, d_k, d_v, dtype, regime, packed, form = point
+    rows = len(PACKED) - 1 if packed else None
+    tensors, d_out, state, d_state = call(family, T, batch, heads, d_k, d_v, dtype, regime, rows)
+    bounds = torch.tensor(PACKED, device="cuda") if packed else None
+    leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+    leaves["initial_state"] = state.clone().requires_grad_()
+    options = {"initial_state": leaves["initial_state"], "output_final_state": True, "cu_seqlens": bounds}
+    with oracle.poisoned_memory():
+        args = [x for n, x in leaves.items() if n != "initial_state"]
+        out, final = FUNCTIONS[family](*args, **options, form=form)
+        found = torch.autograd.grad((out, final), list(leaves.values()), (d_out, d_state))
+        torch.cuda.synchronize()
+    want = oracle.reference(
+        family, tensors, initial_state=state, cu_seqlens=bounds, d_out=d_out, d_state=d_state
+    )
+    got = {"out": out.detach(), "final_state": final.detach(), **dict(zip(leaves, found, strict=True))}
+    wants = {"out": want.out, "final_state": want.final_state, **want.gradients}
+    errors = [oracle.compare(n, got[n], w, dtype, want.floors.get(n, 0.0)) for n, w in wants.items()]
+    ratios = {e.name: None if e.rms_ratio is None else float(f"{e.rms_ratio:.2e}") for e in errors}
+    bad = {e.name: e.reason for e in errors if not e.ok}
+    return {"status": "wrong" if bad else "ok", "rms": ratios, **({"bad": bad} if bad else {})}
+
+
+FLUSH = None
+
+
+def median_ms(run, reps=20):
+    """Median of event times; each call finds L2 cold and is queued behind a spin."""
+    global FLUSH
+    if FLUSH is None:
+        FLUSH = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(reps):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        FLUSH.zero_()
+        torch.cuda._sleep(1_500_000)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return round(statistics.median(times), 4)
+
+
+def prepared(family, shape, T):
+    """(forward, forward and backward) of 32k tokens in bf16."""
+    H, K, V = SHAPES[shape]
+    tensors, d_out, *_ = call(family, T, TOKENS // T, H, K, V, "bf16", "trained")
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    function = FUNCTIONS[family]
+
+    def forward():
+        with torch.no_grad():
+            return function(*leaves)
+
+    def both():
+        return torch.autograd.grad(function(*leaves)[0], leaves, d_out)
+
+    return forward, both
+
+
+def timed(family, shape, T):
+    """Milliseconds on the device."""
+    forward, both = prepared(family, shape, T)
+    return {"status": "ok", "fwd_ms": median_ms(forward), "fwd_bwd_ms": median_ms(both)}
+
+
+def host(family, shape, T):
+    """Microseconds the host takes to enqueue: the device is kept busy, and not waited for."""
+    _, both = prepared(family, shape, T)
+    both()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(20):
+        torch.cuda._sleep(20_000_000)
+        begin = time.perf_counter()
+        both()
+        times.append(1e6 * (time.perf_counter() - begin))
+        torch.cuda.synchronize()
+    return {"status": "ok", "enqueue_us": round(statistics.median(times), 1)}
+
+
+def profiled(family, shape, T):
+    """Mean microseconds of each kernel of a forward and backward pass."""
+    _, both = prepared(family, shape, T)
+    both()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(5):
+            both()
+        torch.cuda.synchronize()
+    names = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            names.setdefault(event.name[:40], []).append(event.device_time)
+    # a kernel used both ways runs twice a pass: the order tells which
+    kernels = {
+        n: [round(statistics.median(t[i :: max(1, len(t) // 5)]), 1) for i in range(max(1, len(t) // 5))]
+        for n, t in names.items()
+    }
+    return {"status": "ok", "kernel_us": kernels}
+
+
+VARIANTS = {  # BV, warps, stages, registers
+    "state": [(64, 4, n, *r) for n in (1, 2, 3, 4) for r in ((), (168,))] + [(128, 4, 2), (128, 8, 3)],
+    "output": [
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 4, 1),
+        (64, 4, 3, 168),
+        (64, 4, 2, 168),
+        (64, 4, 1, 168),
+        (64, 4, 2, 128),
+        (64, 4, 1, 128),
+        (128, 4, 2),
+        (128, 8, 2),
+        (128, 8, 3),
+        (128, 8, 3, 128),
+    ],
+    "gradient": [
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 4, 1),
+        (64, 4, 2, 168),
+        (64, 4, 1, 168),
+        (32, 4, 2),
+        (32, 4, 3),
+    ],
+}
+
+
+def sweep(family, shape, T, reps):
+    """Microseconds of each kernel under each launch of VARIANTS, each on its own."""
+    H, K, V = SHAPES[shape]
+    q, k, v, *g = call(family, T, TOKENS // T, H, K, V, "bf16", "trained")[0].values()
+    gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
+    g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
+    plan = gla_configs.plan_for(K, V, gate, False)
+    chunks = launch.chunks_of(q.shape[0], T, None)
+    how = {"scale": K**-0.5, "gate": gate}
+    o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, **how)
+    do, dh = torch.randn_like(o), torch.empty_like(kept.states)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dg = torch.empty(8, *g.shape, device="cuda", dtype=torch.float32) if gate == 2 else torch.empty_like(q)
+    ends = (None, None, None, chunks)
+    uses = {
+        "state": lambda: launch.run_state(k, v, g, kept, kept.states, *ends, **how, reverse=False),
+        "state back": lambda: launch.run_state(q, do, g, kept, dh, *ends, **how, reverse=True),
+        "output": lambda: launch.run_output(q, k, v, g, kept, kept.states, o, chunks, **how, reverse=False),
+        "output back": lambda: launch.run_output(k, q, do, g, kept, dh, o, chunks, **how, reverse=True),
+        "gradient": lambda: launch.run_gradient(q, k, v, g, do, kept, dh, dq, dk, dg, chunks, **how),
+    }
+    found = {}
+    for use, run in uses.items():
+        kernel = use.split()[0]
+        for variant in VARIANTS[kernel]:
+            if variant[0] > V:
+                continue
+            tile = gla_configs.Launch(*variant)
+            use_plan(K, V, gate, dataclasses.replace(plan, **{kernel: tile}))
+            try:
+                if not reps:
+                    run()
+                else:
+                    found[f"{use} {variant}"] = round(1e3 * median_ms(run, reps), 1)
+            except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
+                found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
+        use_plan(K, V, gate, plan)
+    return {"status": "ok", "us": found}
+
+
+def use_plan(K, V, gate, plan):
+    """Launch this shape so from here on."""
+    gla_configs.MEASURED[K, V, gate] = plan
+    gla_configs.plan_for.cache_clear()
+
+
+def compile_variants(shapes, families):
+    """Fill Triton's cache in processes of their own, all at once."""
+    command = [sys.executable, __file__, "--parts", "compile", "--limit", "300"]
+    pairs = [(s, f) for s in shapes for f in families]
+    children = [subprocess.Popen([*command, "--shapes", s, "--families", f]) for s, f in pairs]
+    for child in children:
+        child.wait()
+
+
+def ptxas():
+    """Version of the assembler in use."""
+    path = os.environ.get("TRITON_PTXAS_PATH", "")
+    if not path:
+        return "triton's own"
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return text.strip().splitlines()[-1]
+
+
+def main():
+    """Parse and run the parts in order."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=float, default=90)
+    parser.add_argument("--parts", nargs="+", default=["check", "time", "profile", "host"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--families", nargs="+", default=list(FUNCTIONS))
+    args = parser.parse_args()
+    begin = time.monotonic()
+    emit(part="environment", torch=torch.__version__, gpu=torch.cuda.get_device_name(), ptxas=ptxas())
+    # checks may take half of the time, so that there is always something timed
+    half = begin + (0.5 if len(args.parts) > 1 else 1) * args.limit
+    if "check" in args.parts:
+        for point in POINTS:
+            for family in args.families:
+                if point[6] == "trained" or family in ("gla", "simple_gla"):
+                    guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
+    for part in args.parts:
+        if part != "check":
+            measure(part, args.shapes, args.families, begin + args.limit)
+
+
+def measure(part, shapes, families, deadline):
+    """One part other than the checks, for each length, shape and family."""
+    if part == "sweep":
+        compile_variants(shapes, families)
+    runs = {"time": timed, "profile": profiled, "host": host}
+    runs |= {"sweep": functools.partial(sweep, reps=10), "compile": functools.partial(sweep, reps=0)}
+    lengths = {"time": (1024, 4096, 16384), "host": (1024,)}
+    for T in lengths.get(part, (4096,)):
+        for shape in shapes:
+            for family in families:
+                what = {"part": part, "family": family, "shape": shape, "T": T}
+                guarded(what, deadline, runs[part], family, shape, T)
+
+
+if __name__ == "__main__":
+    main()
