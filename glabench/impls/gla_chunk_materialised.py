@@ -9,7 +9,7 @@ from glabench.registry import implementation
     compiles=True,
     needs=("torch", "triton", "cuda"),
     features=("state", "varlen", "scale"),
-    preference=11,
+    preference=31,
     note="keeps a state of d_k x d_v a chunk and head",
 )
 def load():

@@ -9,7 +9,7 @@ from glabench.registry import implementation
     compiles=True,
     needs=("torch", "triton", "cuda"),
     features=("state", "varlen", "scale"),
-    preference=12,
+    preference=32,
     note="one more pass over k, v and g in the backward pass",
 )
 def load():
