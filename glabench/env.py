@@ -4,6 +4,7 @@ No host name, user name, absolute path or serial number goes into it.
 """
 
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -219,8 +220,17 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Add `run`, or replace the entry that started at the same second with the same id."""
-    runs = [
-        r for r in read_runs(folder) if (r["id"], r.get("started_utc")) != (run["id"], run["started_utc"])
-    ]
-    write_whole(folder / "run.json", json.dumps({"schema": SCHEMA, "runs": [*runs, run]}, indent=1) + "\n")
+    """Add `run`, or replace the entry that started at the same second with the same command and id."""
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["id"], entry.get("started_utc"), entry.get("argv")
+
+    lock = os.open(folder, os.O_RDONLY)  # sweeps of two GPUs may share a folder
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = [r for r in read_runs(folder) if key(r) != key(run)]
+        write_whole(
+            folder / "run.json", json.dumps({"schema": SCHEMA, "runs": [*runs, run]}, indent=1) + "\n"
+        )
+    finally:
+        os.close(lock)

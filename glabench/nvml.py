@@ -4,6 +4,7 @@ Only reads; no setting is ever changed. Where the library or a value is missing,
 """
 
 import ctypes
+import functools
 import os
 import statistics
 import time
@@ -49,6 +50,7 @@ class _Process(ctypes.Structure):
     )
 
 
+@functools.cache
 def open_library() -> Any:
     """The driver's NVML, initialised, or None."""
     try:

@@ -172,7 +172,7 @@ def _evaluate(family, exact, state, d_out, d_state, *, literal, **options) -> An
     if literal is None:  # autograd keeps about four float64 states a token
         kept_bytes = 4 * 8 * oracle_long.tokens(exact) * state.numel()
         is_short = oracle_long.tokens(exact) <= LITERAL_LIMIT
-        literal = is_short and kept_bytes <= oracle_long.BUDGET_BYTES[state.device.type]
+        literal = is_short and kept_bytes <= oracle_long.budget_bytes(state.device)
     form = DEFINITIONS[family] if literal else oracle_long.FORMS[family]
     constants = oracle_long.constants(family, exact) if not literal else {}
     wholes = {**exact, "initial_state": state}

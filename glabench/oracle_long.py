@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 CHUNK = 64
-BUDGET_BYTES = {"cpu": 2**28, "cuda": 2**32}  # beyond 256 MiB a CPU spends its time on fresh pages
+CPU_BUDGET_BYTES = 2**28  # beyond, a CPU spends its time on fresh pages
+GPU_SHARE = 0.3  # of the free memory: larger pieces are fewer launches
 ROWS = {"cpu": 256, "cuda": 1024}  # query rows of attention at once; the fastest on 2 CPU cores
 
 
@@ -96,6 +97,13 @@ def retention_gates(q: Tensor) -> Tensor:
     return torch.log1p(-(2.0 ** (-5 - h)))[:, None].expand(*q.shape[:2], -1, 1)
 
 
+def budget_bytes(device: torch.device) -> int:
+    """What a piece may keep for autograd at its peak."""
+    if device.type == "cpu":
+        return CPU_BUDGET_BYTES
+    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
 def tokens(exact: dict[str, Tensor]) -> int:
     """Length of the sequences."""
     return exact["q" if "q" in exact else "x"].shape[1]
@@ -107,7 +115,7 @@ def pieces(exact: dict[str, Tensor], state: Tensor) -> list[tuple[slice, slice]]
     # float64 numbers a token and head that autograd keeps, counted at the peak
     kept = 12 * size[0] if len(size) == 1 else 20 * sum(size) + 8 * size[0] * size[1] // CHUNK
     per_head = 8 * tokens(exact) * kept
-    room = max(1, BUDGET_BYTES[state.device.type] // per_head)
+    room = max(1, budget_bytes(state.device) // per_head)
     one_group = "B" not in exact or exact["B"].dim() == 3 or exact["B"].shape[2] == 1
     step = min(heads, room) if one_group else heads
     at_once = max(1, room // heads) if step == heads else 1
@@ -140,7 +148,7 @@ def attention(
     out = q.new_empty(B * H, len(at), D)
     dq, dk, dv = (torch.zeros_like(x) for x in (qs, ks, vs))
     to_q, to_k = (q.new_zeros(B * H, T, 1) for _ in range(2))
-    R = max(1, min(ROWS[q.device.type], BUDGET_BYTES[q.device.type] // (3 * 8 * B * H * T)))
+    R = max(1, min(ROWS[q.device.type], budget_bytes(q.device) // (3 * 8 * B * H * T)))
     buffers = q.new_empty(3, B * H * min(R, len(at)) * T)  # reused: fresh pages cost more than the products
     for lo in range(0, len(at), R):
         rows = at[lo : lo + R]

@@ -114,7 +114,7 @@ def test_attention_in_several_blocks_of_rows(monkeypatch):
 def test_pieces_make_the_whole(family, monkeypatch):
     tensors, options = call(family, case_of(family, 70))
     want = oracle.reference(family, tensors, literal=False, **options)
-    monkeypatch.setitem(oracle_long.BUDGET_BYTES, "cpu", 1)
+    monkeypatch.setattr(oracle_long, "CPU_BUDGET_BYTES", 1)
     exact = {name: x.double() for name, x in tensors.items()}
     heads = want.final_state.shape[1]
     assert len(oracle_long.pieces(exact, want.final_state)) == 2 * heads
@@ -128,7 +128,7 @@ def test_short_sequences_with_large_states_take_the_long_form(monkeypatch):
     monkeypatch.setitem(oracle_long.FORMS, "gla", lambda *a, **k: taken.append(1) or oracle_long.gla(*a, **k))
     oracle.reference("gla", tensors, **options)
     assert taken == []
-    monkeypatch.setitem(oracle_long.BUDGET_BYTES, "cpu", 4 * 8 * 20 * 2 * 3 * 6 * 4 - 1)
+    monkeypatch.setattr(oracle_long, "CPU_BUDGET_BYTES", 4 * 8 * 20 * 2 * 3 * 6 * 4 - 1)
     oracle.reference("gla", tensors, **options)
     assert taken
 

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from glabench import env
 from glabench.cases import Case, arm_of
 from glabench.errors import UsageError
 from glabench.registry import Implementation
@@ -52,11 +51,17 @@ class Arm:
     impl: Implementation
     case: Case
     verbs: tuple[str, ...]  # those whose row is still to be made
-    started_utc: str = field(default_factory=env.now_utc)
-    busy_s: float = 0.0
+    started_utc: str = ""
+    busy_s: float = 0.0  # since the last row
+    seconds: dict[str, float] = field(default_factory=dict)  # in the worker, by function
     prepared: dict[str, Any] = field(default_factory=dict)
     visits: list[dict[str, Any]] = field(default_factory=list)
     failure: tuple[str, str] | None = None
+
+    def spend(self, function: str, seconds: float) -> None:
+        """Count a call to the worker."""
+        self.busy_s += seconds
+        self.seconds[function] = round(self.seconds.get(function, 0.0) + seconds, 3)
 
 
 def known_failure(impl: Implementation, case: Case, device: str) -> tuple[str, str] | None:

@@ -179,6 +179,7 @@ class Sweep:
 
     def _point(self, arms: list[Arm]) -> None:
         for arm in arms:
+            arm.started_utc = env.now_utc()
             arm.failure = self._failure_before(arm)
         live = [arm for arm in arms if arm.failure is None]
         if self.request.kind == "cuda":
@@ -227,9 +228,10 @@ class Sweep:
         while flying:
             for worker, outcome in wait_any(list(flying), timeout=1.0):
                 arm, since = flying.pop(worker)
-                arm.busy_s += time.perf_counter() - since
+                arm.spend(function, time.perf_counter() - since)
                 self._take(arm, outcome)
                 if outcome.status == "ok":
+                    arm.seconds["check"] = outcome.value["check_s"]
                     arm.prepared = outcome.value | self.ahead.get((arm.impl.id, arm.case.key()), {})
         self.call_s += time.perf_counter() - begun
 
@@ -270,7 +272,7 @@ class Sweep:
         begun = time.perf_counter()
         outcome = self._worker(arm.impl.id).call(f"{CELLS}:{function}", arguments, limits=self._limits())
         spent = time.perf_counter() - begun
-        arm.busy_s += spent
+        arm.spend(function, spent)
         self.call_s += spent
         self._take(arm, outcome)
         return outcome.value if outcome.status == "ok" else None
@@ -314,7 +316,7 @@ class Sweep:
 
     def _keep_samples(self, arm: Arm, row: Row) -> None:
         record = {name: getattr(row, name) for name in (*RESUME_KEY, "replicate")}
-        record |= {"samples_ms": [visit["samples_ms"] for visit in arm.visits]}
+        record |= {"samples_ms": [visit["samples_ms"] for visit in arm.visits], "seconds": arm.seconds}
         append_json(self.out / "samples.jsonl", record)
 
     # --- workers ------------------------------------------------------------------------------------------
