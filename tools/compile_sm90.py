@@ -30,7 +30,7 @@ TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
 
 
-def sources(name, H, K, V, gate, dtype, reverse, launch, BK):
+def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
     """The kernel's signature and constants as the launch gives them, pointers and widths aligned to 16."""
     kernel, x = KERNELS[name], POINTERS[dtype]
     state = "*bf16" if dtype == "bf16" else "*fp32"
@@ -42,13 +42,12 @@ def sources(name, H, K, V, gate, dtype, reverse, launch, BK):
         **dict.fromkeys(("h", "dh"), state),
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
         "scale": "fp32",
-        **dict.fromkeys(("T", "N", "tokens"), "i32"),
+        **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
     }
-    blocks = -(-K // BK)
     constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True}
-    constants |= {"NK2": 1 << (blocks - 1).bit_length(), "PRECISION": gla_launch.precision(TORCH[dtype])}
+    constants |= {"HARD": hard, "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
@@ -100,11 +99,14 @@ def main():
         H, K, V = SHAPES[shape]
         for gate in args.gates:
             plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
-            for name in args.kernels:
-                for reverse in (False, True) if name != "gradient" else (False,):
-                    launch = getattr(plan, name)
-                    made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, launch, plan.BK)
-                    report(f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}", made, launch)
+            kinds = [(n, r, h) for n in args.kernels for r in (False, True) for h in (False, True)]
+            for name, reverse, hard in kinds:
+                if (hard and (gate != "channel" or name == "state")) or (reverse and name == "gradient"):
+                    continue
+                launch = getattr(plan, name)
+                made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan.BK)
+                label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
+                report(label, made, launch)
 
 
 if __name__ == "__main__":

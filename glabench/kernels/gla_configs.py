@@ -3,16 +3,12 @@
 import functools
 from dataclasses import dataclass
 
-CHANNEL = 3  # the gate kind with a hard branch: gla_tiles
 CHUNK = 64  # larger chunks move fewer bytes, but leave one program a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Tile of value channels, warps, pipeline stages and register limit of one kernel.
-
-    A limit pays where only the branch of hard tiles needs more: it spills there, and more programs fit.
-    """
+    """Tile of value channels, warps, pipeline stages and register limit of one kernel."""
 
     BV: int
     warps: int
@@ -48,9 +44,7 @@ def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
     BK, BV = min(most, _power2(K)), min(most, _power2(V))
     stages = 1 if wide else 3
     usual = Launch(BV, 4, stages)
-    # one block of key channels: what lies outside the hard branch fits, and four programs a multiprocessor
-    output = Launch(BV, 4, stages, registers=128) if gate == CHANNEL and BK >= K and not wide else usual
-    return Plan(BK, usual, output, usual)
+    return Plan(BK, usual, usual, usual)
 
 
 def _power2(width: int) -> int:

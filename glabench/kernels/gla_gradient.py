@@ -12,6 +12,7 @@ from glabench.kernels.gla_tiles import (
     LOG2E,
     NONE,
     after,
+    any_hard,
     before,
     centred,
     chunk_bounds,
@@ -58,15 +59,17 @@ def hard_gradients(x, y, g, dA, dq, dk, C: tl.constexpr, PRECISION: tl.constexpr
     return dq, dk, terms
 
 
-@triton.jit(do_not_specialize=["T", "N", "tokens", "scale"])
-def gradient_kernel(
+@triton.jit
+def gradient_tile(
+    kb,
+    head,
+    chunk,
     q,
     k,
     v,
     g,
     do,
     total,
-    reach,
     h,
     dh,
     dq_out,
@@ -86,19 +89,9 @@ def gradient_kernel(
     GATE: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    HARD: tl.constexpr,
 ):
-    """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
-
-    Math:   dA_ij = do_i . v_j; dq = P (do S^T) + dA k~; dk = X (v dS^T) + dA^T q~;
-            dg_t = sum_{i >= t} (q dq - k dk)_i, k dk without its state part for j >= t, + rowsum(S' dS).
-    Grid:   K / BK, H, chunks, the first fastest: programs that share v and do run together.
-    HBM:    reads v, do K / BK times, q, k, g and both states once; writes dq, dk, dg once.
-    Stable: q dq and k dk come from the rounded operands of the products, so that pairs cancel exactly.
-    Source: GLA §4.4 and appendix; eq. 4 for the scores.
-    """
-    pid = tl.program_id(0)
-    NK: tl.constexpr = (K + BK - 1) // BK
-    kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
+    """dq, dk and dg of one chunk and head, for BK of its key channels: see gradient_kernel."""
     TYPE: tl.constexpr = h.dtype.element_ty
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
     rows = tl.arange(0, C)
@@ -130,18 +123,18 @@ def gradient_kernel(
     dq *= scale
     if GATE == CHANNEL:
         gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
-        if tl.load(reach + at * NK + kb) >= -2 * LIMIT:
+        if not HARD:
             decay = centred(gates, C, PRECISION)
             up, down = power2(decay), power2(-decay)
             xs, ys = (x * up).to(x.dtype), (y * down).to(x.dtype)
             carried += tl.sum(ys * dk, 0)
             part = dA.to(x.dtype)
-            dq = tl.dot(part, ys, dq, input_precision=PRECISION)
-            terms = xs * dq
-            store_tile(dq_out + token * K, dq * up, rows, count, H * K, col, K, BK)
             dk = tl.dot(tl.trans(part), xs, dk, input_precision=PRECISION)
-            terms -= ys * dk
             store_tile(dk_out + token * K, dk * down, rows, count, H * K, col, K, BK)
+            terms = ys * dk
+            dq = tl.dot(part, ys, dq, input_precision=PRECISION)
+            store_tile(dq_out + token * K, dq * up, rows, count, H * K, col, K, BK)
+            terms = xs * dq - terms
         else:
             sums = load_channels(total + at * K, col, K, BK)
             r = tl.maximum(sums * 0.5, -LIMIT)
@@ -183,3 +176,73 @@ def gradient_kernel(
     if GATE != CHANNEL:
         store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
         store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
+
+
+@triton.jit(do_not_specialize=["T", "N", "tokens", "pairs", "scale"])
+def gradient_kernel(
+    q,
+    k,
+    v,
+    g,
+    do,
+    total,
+    reach,
+    h,
+    dh,
+    dq_out,
+    dk_out,
+    dg_out,
+    chunks,
+    scale,
+    T,
+    N,
+    tokens,
+    pairs,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HARD: tl.constexpr,
+):
+    """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
+
+    Math:   dA_ij = do_i . v_j; dq = P (do S^T) + dA k~; dk = X (v dS^T) + dA^T q~;
+            dg_t = sum_{i >= t} (q dq - k dk)_i, k dk without its state part for j >= t, + rowsum(S' dS).
+    Grid:   K / BK, H, chunks, the first fastest: programs that share v and do run together. HARD: any number
+            of programs, which look for hard tiles among the `pairs` of chunk and head.
+    HBM:    reads v, do K / BK times, q, k, g and both states once; writes dq, dk, dg once.
+    Stable: q dq and k dk come from the rounded operands of the products, so that pairs cancel exactly.
+    Source: GLA §4.4 and appendix; eq. 4 for the scores.
+    """
+    pid = tl.program_id(0)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    if HARD:
+        each = tl.cdiv(pairs, tl.num_programs(0))
+        first = pid.to(tl.int64) * each
+        count = tl.minimum(each, pairs - first)
+        if any_hard(reach + first * NK, count * NK, 64):
+            for i in range(count * NK):
+                tile = first * NK + i
+                if tl.load(reach + tile) < -2 * LIMIT:
+                    pair = tile // NK
+                    gradient_tile(
+                        tile % NK, pair % H, pair // H, q, k, v, g, do, total, h, dh,
+                        dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
+                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True,
+                    )  # fmt: skip
+    else:
+        kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
+        if GATE == CHANNEL:
+            lowest = tl.load(reach + (chunk * H + head) * NK + kb)
+            if lowest < -2 * LIMIT:
+                return
+        gradient_tile(
+            kb, head, chunk, q, k, v, g, do, total, h, dh,
+            dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
+            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False,
+        )  # fmt: skip

@@ -17,6 +17,7 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
+HARD_PROGRAMS = 4  # a multiprocessor
 SEGMENT = 64  # chunks: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
@@ -303,15 +304,16 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> 
         "C": CHUNK,
         "BK": plan.BK,
         "BV": tile.BV,
-        "NK2": 1 << (-(-K // plan.BK) - 1).bit_length(),
         "GATE": gate,
         "REVERSE": reverse,
         "PACKED": chunks.table is not None,
         "PRECISION": precision(k.dtype),
     }
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
-    programs = -(-V // tile.BV) * H * chunks.total
-    _launch(output_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    pairs = H * chunks.total
+    _launch_both(
+        output_kernel, -(-V // tile.BV), pairs, tensors, (scale, T, chunks.each, pairs), constants, tile
+    )
 
 
 def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
@@ -331,8 +333,17 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
         "PRECISION": precision(k.dtype),
     }
     tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
-    programs = -(-K // plan.BK) * H * chunks.total
-    _launch(gradient_kernel, programs, tensors, (scale, T, chunks.each, B * T), constants, tile)
+    pairs = H * chunks.total
+    numbers = (scale, T, chunks.each, B * T, pairs)
+    _launch_both(gradient_kernel, -(-K // plan.BK), pairs, tensors, numbers, constants, tile)
+
+
+def _launch_both(kernel, blocks, pairs, tensors, numbers, constants, tile) -> None:
+    """For the common tiles and, with gates a channel, for the hard ones: most programs there find none."""
+    _launch(kernel, blocks * pairs, tensors, numbers, constants | {"HARD": False}, tile)
+    if constants["GATE"] == CHANNEL:
+        programs = min(pairs, HARD_PROGRAMS * _multiprocessors(tensors[0].device))
+        _launch(kernel, programs, tensors, numbers, constants | {"HARD": True}, tile)
 
 
 _compiled: dict[tuple, object] = {}

@@ -4,7 +4,8 @@ A chunk's decays are centred on half of its total: with c_i = b_i - b_C / 2, q e
 the scores, the state and every gradient (GLA §4.3, with one reference in place of many). Where a channel
 loses more than 2 ** (2 LIMIT) in a chunk, its tile is *hard* and is halved until single tokens remain:
 at each level the queries of a second half meet the keys of the first, both decaying towards the border
-between them, so that every exponent is a sum of gates, and none is a difference.
+between them, so that every exponent is a sum of gates, and none is a difference. Hard tiles have kernels of
+their own: beside the common case they would cost it registers.
 """
 
 import triton
@@ -89,12 +90,22 @@ def chunk_bounds(chunk, chunks, T, N, C: tl.constexpr, PACKED: tl.constexpr):
     """The chunk's first token, counted over all rows, and its number of tokens."""
     if PACKED:
         start = tl.load(chunks + 2 * chunk)
-        count = tl.load(chunks + 2 * chunk + 1)
+        count = tl.load(chunks + 2 * chunk + 1).to(tl.int32)
     else:
         first = (chunk % N) * C
         start = (chunk // N).to(tl.int64) * T + first
-        count = tl.minimum(T - first, C).to(tl.int64)
+        count = tl.minimum(T - first, C)
     return start, count
+
+
+@triton.jit
+def any_hard(reach, count, BLOCK: tl.constexpr):
+    """Whether one of `count` tiles, by their reaches, is hard."""
+    lowest = 0.0
+    for i in range(0, count, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        lowest = tl.minimum(lowest, tl.min(tl.load(reach + at, mask=at < count, other=0.0), 0))
+    return lowest < -2 * LIMIT
 
 
 @triton.jit
