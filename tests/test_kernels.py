@@ -42,6 +42,12 @@ SETS = {
     "float16 gates": [_point(f, 130, regime="mixed", gate_dtype="fp16") for f in GATED],
     "segments": [_point(f, 290, regime=r, segment=1, heads=1) for f in GATED for r in ("trained", "mixed")]
     + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
+    "fused": [
+        _point(f, T, 48, 32, form="recompute", regime=r, states=T != 65)
+        for f in FAMILIES
+        for T, r in ((1, "trained"), (65, "trained"), (130, "mixed"), (130, "extreme"))
+    ]
+    + [_point(f, 200, bounds=PACKED, regime="mixed", form="recompute") for f in FAMILIES],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }
 

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glabench.kernels import gla_configs, gla_launch
+from glabench.kernels.gla_fused import fused_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
@@ -27,7 +28,7 @@ SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  #
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KERNELS = {"state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
+KERNELS = {"fused": fused_kernel, "state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
@@ -47,7 +48,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
     constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True}
-    constants |= {"HARD": hard, "PRECISION": gla_launch.precision(TORCH[dtype])}
+    constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
@@ -101,9 +102,11 @@ def main():
             plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
             kinds = [(n, r, h) for n in args.kernels for r in (False, True) for h in (False, True)]
             for name, reverse, hard in kinds:
-                if (hard and (gate != "channel" or name == "state")) or (reverse and name == "gradient"):
+                if hard and (gate != "channel" or name in ("state", "fused")):
                     continue
-                launch = getattr(plan, name)
+                if (reverse and name in ("gradient", "fused")) or (name == "fused" and plan.BK * 2 < K):
+                    continue
+                launch = plan.state if name == "fused" else getattr(plan, name)
                 made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan.BK)
                 label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
                 report(label, made, launch)

@@ -1,7 +1,8 @@
 """Linear attention in chunks, own Triton kernels: gates per channel, per head, fixed, or none (GLA §4).
 
 Two forms: the materialised one keeps the state of each chunk from the forward pass for the backward
-pass; the recomputing one keeps none, and runs the state pass again.
+pass; the recomputing one keeps none, makes its output in one sequential kernel where that fits, and
+forms the states in the backward pass.
 """
 
 import torch
@@ -101,13 +102,12 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
         raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
     _check(gate, q, k, v, g, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    recompute = form == "recompute"
     if _is_traced(q):
         o, final, *_ = chunk_op(
-            q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute
+            q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form == "recompute"
         )
         return o, final if output_final_state else None
-    args = (q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute)
+    args = (q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form)
     return ChunkFunction.apply(*args)
 
 
@@ -163,20 +163,12 @@ class ChunkFunction(torch.autograd.Function):
     """The operator without the dispatcher's cost: see chunk_op."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, recompute):
+    def forward(ctx, q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form):
         q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
-        o, final, kept = _forward(
-            q,
-            k,
-            v,
-            g,
-            initial_state,
-            cu_seqlens,
-            scale=scale,
-            gate=gate,
-            output_final_state=output_final_state,
-        )
-        states, totals, reach = (None,) * 3 if recompute else kept
+        keep = form == "materialised" or (form == "auto" and any(ctx.needs_input_grad))
+        options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
+        o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
+        states, totals, reach = kept or (None,) * 3
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, states, totals, reach)
         ctx.scale, ctx.gate = scale, gate
         ctx.set_materialize_grads(False)
@@ -198,12 +190,10 @@ def _packed(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def _forward(q, k, v, g, initial_state, cu_seqlens, *, scale, gate, output_final_state):
-    if gate == FIXED:
+def _forward(q, k, v, g, initial_state, cu_seqlens, **options):
+    if options["gate"] == FIXED:
         g = gla_launch.retention_gates(q.shape[2], q.device)
-    return gla_launch.forward(
-        q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
-    )
+    return gla_launch.forward(q, k, v, g, initial_state, cu_seqlens, **options)
 
 
 def _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants_d_initial):
@@ -247,10 +237,9 @@ def chunk_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward pass needs: states, totals and reach."""
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
-    o, final, kept = _forward(
-        q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate, output_final_state=output_final_state
-    )
-    return o, *(_or_nothing(q, x) for x in (final, *((None,) * 3 if recompute else kept)))
+    options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": not recompute}
+    o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
+    return o, *(_or_nothing(q, x) for x in (final, *(kept or (None,) * 3)))
 
 
 def _or_nothing(q: Tensor, x: Tensor | None) -> Tensor:

@@ -12,12 +12,14 @@ from torch import Tensor
 from glabench.errors import ShapeError
 from glabench.kernels import gla_tiles
 from glabench.kernels.gla_configs import CHUNK, plan_for
+from glabench.kernels.gla_fused import fused_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
+FUSED_PROGRAMS = 1  # a multiprocessor, at least
 SEGMENT = 64  # chunks: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
@@ -54,17 +56,28 @@ def forward(
     scale: float,
     gate: int,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor | None, Kept]:
-    """o [B, T, H, V], the final state [rows, H, K, V] or None, and what the backward pass needs."""
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """o [B, T, H, V], the final state [rows, H, K, V] or None, and, to `keep`, what backward needs."""
     B, T, H, V = v.shape
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens)
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
     o = torch.empty_like(v)
+    if not keep and fuses(q, v, gate, chunks):
+        run_fused(q, k, v, g, o, initial_state, final, cu_seqlens, chunks, scale=scale, gate=gate)
+        return o, final, None
     kept = states_before(k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate)
     if chunks.total:
         run_output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
-    return o, final, kept
+    return o, final, kept if keep else None
+
+
+def fuses(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
+    """Whether one sequential kernel is to make the output: its states fit, its programs fill the device."""
+    plan = _plan(q, v, gate)
+    programs = -(-v.shape[3] // plan.state.BV) * v.shape[2] * chunks.rows
+    return key_blocks(q, v, gate) <= 2 and programs >= FUSED_PROGRAMS * _multiprocessors(q.device)
 
 
 def states_before(
@@ -290,6 +303,29 @@ def state_pass(
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
     programs = -(-K // plan.BK) * -(-V // tile.BV) * rows * H
     _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+
+
+def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
+    """Launch fused_kernel: fills `o` and, where given, `last`."""
+    T, H, K, V = *k.shape[1:], v.shape[3]
+    plan = _plan(k, v, gate)
+    tile = plan.state
+    constants = {
+        "H": H,
+        "K": K,
+        "V": V,
+        "C": CHUNK,
+        "BK": plan.BK,
+        "BV": tile.BV,
+        "GATE": gate,
+        "PACKED": cu_seqlens is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_LAST": last is not None,
+        "PRECISION": precision(k.dtype),
+        "WIDE": k.dtype != torch.bfloat16,
+    }
+    programs = -(-V // tile.BV) * H * chunks.rows
+    _launch(fused_kernel, programs, (q, k, v, g, o, first, last, cu_seqlens), (scale, T), constants, tile)
 
 
 def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:

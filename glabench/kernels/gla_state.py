@@ -68,7 +68,7 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
     kb, vb, rh = pid % NK, pid // NK % NV, (pid // (NK * NV)).to(tl.int64)
     row, head = rh // H, rh % H
     if PACKED:
-        low, high = tl.load(bounds + row), tl.load(bounds + row + 1)
+        low, high = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
         chunk0 = tl.load(offsets + row)
         chunks = (tl.load(offsets + row + 1) - chunk0).to(tl.int32)
     else:
