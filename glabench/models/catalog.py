@@ -92,10 +92,10 @@ def _transformer(size: str, fields: dict[str, Any]) -> tuple[type[PreTrainedConf
 
 
 def _mamba(size: str, fields: dict[str, Any]) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
-    """State 16, expansion 2, convolution 4; initialised as its authors do (0.02, outputs by 1/sqrt(layers))."""
+    """State 16, expansion 2, convolution 4."""
     fields = {k: v for k, v in fields.items() if k != "max_position_embeddings"}
     fields |= {"num_hidden_layers": 2 * fields["num_hidden_layers"], "state_size": 16, "expand": 2}
-    return MambaConfig, {**fields, "initializer_range": 0.02, "rescale_prenorm_residual": True}
+    return MambaConfig, {**fields, "initializer_range": 0.02}
 
 
 def _mamba2(size: str, fields: dict[str, Any]) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
@@ -124,7 +124,20 @@ def build(name_or_config: str | PreTrainedConfig, *, dtype: Any = None, **overri
             chosen.implementation = name_or_config.implementation
     options = {} if attention is None else {"attn_implementation": attention}
     options |= {} if dtype is None else {"dtype": dtype}
-    return AutoModelForCausalLM.from_config(chosen, **options)
+    model = AutoModelForCausalLM.from_config(chosen, **options)
+    if isinstance(chosen, MambaConfig | Mamba2Config):
+        _shrink_outputs(model)
+    return model
+
+
+@torch.no_grad()
+def _shrink_outputs(model: nn.Module) -> None:
+    """Outputs of Mamba's layers over sqrt(layers), as its authors initialise them.
+
+    Not by rescale_prenorm_residual: transformers applies that to weights it has just loaded, too.
+    """
+    for block in model.backbone.layers:
+        block.mixer.out_proj.weight.div_(len(model.backbone.layers) ** 0.5)
 
 
 def parameters(name_or_config: str | PreTrainedConfig) -> int:

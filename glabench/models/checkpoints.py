@@ -32,8 +32,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, **overrides: A
     """
     folder = _folder(folder)
     attention = overrides.pop("attn_implementation", None)
-    config = read_config(folder, **overrides)
-    tensors = read_tensors(folder, config)
+    config, tensors = _read(folder, **overrides)
     dtype = dtype or next(iter(tensors.values())).dtype
     options = {} if attention is None else {"attn_implementation": attention}
     from transformers.initialization import no_init_weights
@@ -57,10 +56,8 @@ def convert(source: str | Path, target: str | Path, layout: str) -> dict[str, An
     source, target = _folder(source), Path(target)
     if target.exists():
         raise UsageError(f"{target} exists", where="OUT", fix="name a new folder")
-    config = read_config(source)
-    tensors = read_tensors(source, config)
-    with torch.device("meta"):
-        _check(AutoModelForCausalLM.from_config(config), tensors, source)
+    config, tensors = _read(source)
+    _check(_shell(config), tensors, source)
     fields = layouts.to_fla(config) if layout == "fla" else config.to_dict()
     if layout == "glabench":
         fields["architectures"] = [type(_shell(config)).__name__]
@@ -133,6 +130,22 @@ def read_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Tens
     if not tensors:
         raise UsageError("no tensors", where=str(folder), fix="copy the checkpoint anew")
     return layouts.rename(tensors, config, to="glabench")
+
+
+def _read(folder: Path, **overrides: Any) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    config = read_config(folder, **overrides)
+    tensors = read_tensors(folder, config)
+    head = tensors.get("lm_head.weight")
+    table = tensors.get(_shell(config)._tied_weights_keys["lm_head.weight"])
+    if config.tie_word_embeddings and head is not None and table is not None and not torch.equal(head, table):
+        if "tie_word_embeddings" in _json(folder / "config.json"):
+            raise UsageError(
+                "lm_head.weight differs from the embeddings it is tied to",
+                where=str(folder),
+                fix="set tie_word_embeddings to false in config.json if the weights are right",
+            )
+        config.tie_word_embeddings = False  # libraries differ in the default that the file leaves out
+    return config, tensors
 
 
 def _folder(folder: str | Path) -> Path:

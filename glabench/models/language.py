@@ -21,7 +21,6 @@ from glabench.models.state import RecurrentState
 CACHE = next(
     f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values")
 )
-XAVIER_GAIN = 2**-2.5  # of q, k and the gate, in the authors' code
 
 
 class SwiGLU(nn.Module):
@@ -73,9 +72,9 @@ class Backbone(nn.Module):
 class LinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model with a recurrent state; GLAForCausalLM and RetNetForCausalLM name its kinds.
 
-    Shapes: input_ids, labels [B, T]; attention_mask [B, T], or [B, seen + T], of 0 and 1, zeros at the left, or at
-    the right where no state is asked for; logits [B, T, vocabulary].
-    `past_key_values` (or `cache`) is a RecurrentState, also while training; `use_cache=True` returns the next.
+    Shapes: input_ids, labels [B, T]; logits [B, T, vocabulary]; attention_mask [B, T] or [B, seen + T], 0 and
+    1, zeros at the left, or at the right where no state is asked for.
+    `past_key_values` (or `cache`) is a RecurrentState, in training too; `use_cache=True` returns the next.
     Raises: UsageError for a mask with gaps, or a state of another model or batch.
     """
 
@@ -94,10 +93,8 @@ class LinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal with initializer_range; norms 1, biases 0
-        if isinstance(module, LinearAttention) and self.config.initialisation == "authors":
-            gate = [p for n, p in module.named_parameters() if n.startswith("gk_proj") and p.dim() == 2]
-            for weight in (module.q_proj.weight, module.k_proj.weight, *gate):
-                init.xavier_uniform_(weight, gain=XAVIER_GAIN)
+        if hasattr(module, "xavier_gain"):
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings

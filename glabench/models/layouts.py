@@ -14,14 +14,24 @@ from glabench.errors import UsageError
 from glabench.models.config import GLAConfig, LinearAttentionConfig, RetNetConfig, ffn_width
 
 SHARED = (
-    "vocab_size hidden_size num_hidden_layers initializer_range bos_token_id eos_token_id pad_token_id "
-    "tie_word_embeddings use_cache"
-).split()
-RECURRENT = "num_heads expand_k expand_v hidden_ratio intermediate_size max_position_embeddings".split()
-MAMBA = (
-    "state_size expand conv_kernel use_bias use_conv_bias hidden_act residual_in_fp32 time_step_rank "
-    "time_step_min time_step_max time_step_floor rescale_prenorm_residual"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+)
+SHARED += ("pad_token_id", "tie_word_embeddings", "use_cache")
+RECURRENT = (
+    "num_heads",
+    "expand_k",
+    "expand_v",
+    "hidden_ratio",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+MAMBA = ("state_size", "expand", "conv_kernel", "use_bias", "use_conv_bias", "hidden_act", "residual_in_fp32")
+MAMBA += ("time_step_rank", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual")
 MAMBA1, MAMBA2 = (
     ["time_step_scale", "time_step_init_scheme"],
     ["num_heads", "head_dim", "n_groups", "chunk_size"],

@@ -13,6 +13,7 @@ from glabench.models.config import LinearAttentionConfig
 from glabench.registry import Implementation, implementations, resolve
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+XAVIER_GAIN = 2**-2.5  # of q, k and the gate, in the authors' code
 WIDEST_VALUE = 512  # values of one head that the GPU kernels hold; wider heads run in parts
 
 
@@ -46,7 +47,8 @@ class HeadLayerNorm(nn.LayerNorm):
 class LinearAttention(nn.Module):
     """A layer of GLA, of one of its ablations, or of RetNet, as its configuration says.
 
-    Shapes: x, y [B, T, D]; state [B, H, K, V], float32; rotary: cos, sin [T, K / 2]; mask [B, T], True at tokens.
+    Shapes: x, y [B, T, D]; state [B, H, K, V], float32; rotary: cos, sin [T, K / 2]; mask [B, T], True at
+    tokens.
     Source: GLA §4.4; RetNet §2 for rotary positions and fixed decays.
     """
 
@@ -64,6 +66,10 @@ class LinearAttention(nn.Module):
             self.gk_proj = nn.Sequential(nn.Linear(D, rank, bias=False), nn.Linear(rank, keys))
         elif config.gate == "scalar":
             self.gk_proj = nn.Linear(D, config.num_heads)
+        if config.initialisation == "authors":
+            gate = self.gk_proj.modules() if config.gate in ("channel", "scalar") else ()
+            for linear in (self.q_proj, self.k_proj, *(m for m in gate if isinstance(m, nn.Linear))):
+                linear.xavier_gain = XAVIER_GAIN  # a mark: transformers initialises layer by layer
         norm = RMSNorm if config.layout == "fla" else HeadLayerNorm
         self.g_norm = norm(config.head_v, config.norm_eps)
 
@@ -164,7 +170,7 @@ def in_parts(
 
 
 def layer_for(config: LinearAttentionConfig, q: Tensor, backward: bool) -> Callable[..., Any]:
-    """What computes the layer for tensors like q [B, T, H, K]: config.implementation, or the best that can."""
+    """What computes the layer for tensors like q [B, T, H, K]: the one configured, or the best that can."""
     device = "cuda" if q.is_cuda else "cpu"
     shape = (config.num_heads, config.head_k, config.head_v)
     return _chosen(config.implementation, config.family, device, q.dtype, shape, backward)[1]

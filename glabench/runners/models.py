@@ -39,9 +39,7 @@ def show(found: dict[str, Any]) -> None:
         ),
         right=headings[1:],
     )
-    tables.say(
-        f"state: one sequence after {found['state_tokens']:,} tokens; a key-value cache grows with them"
-    )
+    tables.say(f"state: one sequence after {found['state_tokens']:,} tokens; only the transformer's grows")
 
 
 def convert(source: str, target: str, layout: str) -> dict[str, Any]:
