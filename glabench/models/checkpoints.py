@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, **overrides: A
     folder = _folder(folder)
     attention = overrides.pop("attn_implementation", None)
     config, tensors = _read(folder, **overrides)
-    dtype = dtype or next(iter(tensors.values())).dtype
+    dtype = dtype or max(tensors.values(), key=Tensor.numel).dtype
     options = {} if attention is None else {"attn_implementation": attention}
     from transformers.initialization import no_init_weights
 
@@ -58,11 +59,11 @@ def convert(source: str | Path, target: str | Path, layout: str) -> dict[str, An
         raise UsageError(f"{target} exists", where="OUT", fix="name a new folder")
     config, tensors = _read(source)
     _check(_shell(config), tensors, source)
-    fields = layouts.to_fla(config) if layout == "fla" else config.to_dict()
-    if layout == "glabench":
-        fields["architectures"] = [type(_shell(config)).__name__]
-    elif fields.get("tie_word_embeddings"):
+    dtype = config.dtype = max(tensors.values(), key=Tensor.numel).dtype
+    config.architectures = [type(_shell(config)).__name__]
+    if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    fields = layouts.to_fla(config) if layout == "fla" else {}
     tensors = layouts.rename(tensors, config, to=layout)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,11 @@ def convert(source: str | Path, target: str | Path, layout: str) -> dict[str, An
             f"cannot write {target}: {err.strerror}", where="OUT", fix="choose another place"
         ) from err
     try:
-        (part / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if layout == "glabench":
+            config.save_pretrained(part)
+        else:
+            text = json.dumps(fields | {"dtype": str(dtype).removeprefix("torch.")}, indent=2)
+            (part / "config.json").write_text(text + "\n", encoding="utf-8")
         save_file({k: t.contiguous() for k, t in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         for name in sorted({p.name for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}):
             shutil.copyfile(source / name, part / name)
@@ -85,7 +90,12 @@ def convert(source: str | Path, target: str | Path, layout: str) -> dict[str, An
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    return {"layout": layout, "model_type": fields["model_type"], "tensors": len(tensors), "bytes": size}
+    return {
+        "layout": layout,
+        "model_type": fields.get("model_type", config.model_type),
+        "tensors": len(tensors),
+        "bytes": size,
+    }
 
 
 def read_config(folder: str | Path, **overrides: Any) -> PreTrainedConfig:
@@ -102,10 +112,10 @@ def read_config(folder: str | Path, **overrides: Any) -> PreTrainedConfig:
     kind = fields.get("model_type")
     try:
         if kind in OURS or (kind in ("mamba", "mamba2") and "layer_norm_epsilon" in fields):
-            config = AutoConfig.for_model(**fields)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         else:
             config = layouts.from_fla(fields, where)
-    except (TypeError, AttributeError) as err:
+    except (TypeError, ValueError, AttributeError, OSError, StrictDataclassError) as err:
         raise UsageError(" ".join(str(err).split()), where=where, fix="mend config.json") from err
     for field, value in overrides.items():
         if not hasattr(config, field):
