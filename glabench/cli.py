@@ -277,7 +277,7 @@ def models(json_: Json = False) -> None:
 
 @app.command(
     short_help="Write a checkpoint in another layout.",
-    epilog="Example: glabench convert fla-hub/gla-340M-15B checkpoints/gla-340m --layout glabench",
+    epilog="Example: glabench convert gla-340M-15B gla-340m --layout glabench",
 )
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A local folder: config.json, safetensors.")],
