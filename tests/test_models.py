@@ -16,6 +16,7 @@ from glabench.models import (
     GLAConfig,
     catalog,
 )
+from glabench.models.language import CACHE
 from glabench.models.mixer import in_parts, layer_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +79,27 @@ def test_the_loss_is_the_shifted_cross_entropy():
         abs(model(ids, labels=labels).loss.item() + picked.mean().item()) < 1e-6
     )  # transformers' is float32
     assert model(ids, logits_to_keep=2).logits.shape == (2, 2, 40)
+
+
+def test_a_compiler_sees_one_graph():
+    """The registry is asked once, outside the graph; the layer itself is traced."""
+    model, ids = small(num_hidden_layers=1, implementation="gla_recurrent"), tokens(length=5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert difference(compiled(ids, use_cache=False).logits.detach(), model(ids).logits.detach()) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [{"layout": "authors"}, {"gate": "scalar"}, "retnet"], ids=str)
+def test_half_precision_and_autocast_stay_near(kind, dtype):
+    model, ids = small(kind), tokens()
+    want = model(ids).logits.detach()
+    model = model.to(dtype).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        out = model(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16 and 1e-4 < difference(out.logits.detach(), want) < 0.1
+    assert {s.dtype for s in getattr(out, CACHE).states} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["gla-tiny", "retnet-tiny", "mamba-tiny", "mamba2-tiny", "transformer-tiny"])
@@ -156,6 +178,7 @@ def test_wide_values_in_parts_are_the_whole():
         (lambda: GLAConfig(gate="chanel"), "no gate 'chanel' (configuration); did you mean 'channel'?"),
         (lambda: GLAConfig(num_heads=3), "keys of width 512 do not split into 3 heads"),
         (lambda: small(implementation="gla_chnk")(tokens()), "no implementation 'gla_chnk'"),
+        (lambda: small(implementation="tests/faulty_impls.py:nan")(tokens()), "is no id (implementation)"),
         (lambda: small(implementation="retention_chunk_torch")(tokens()), "computes retention, not gla"),
         (lambda: small()(tokens(), past_key_values=[1]), "a state of list"),
         (lambda: small()(tokens(1), past_key_values=small()(tokens()).past_key_values), "a state of (2, 2, "),

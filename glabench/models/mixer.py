@@ -14,6 +14,7 @@ from glabench.registry import Implementation, implementations, resolve
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 XAVIER_GAIN = 2**-2.5  # of q, k and the gate, in the authors' code
+LOADED: dict[str, Callable[..., Any]] = {}  # layers in use, by id
 WIDEST_VALUE = 512  # values of one head that the GPU kernels hold; wider heads run in parts
 
 
@@ -88,11 +89,12 @@ class LinearAttention(nn.Module):
         if mask is not None:
             v = v * mask[..., None, None].to(v.dtype)  # padding adds nothing, and decays a state of zeros
         gates = self.log_gates(x)
-        if x.shape[1] == 1 and state is not None:
-            o, state = recurrent_step(q, k, v, gates, self.config, state)
-        else:
-            layer = layer_for(self.config, q, torch.is_grad_enabled())
-            o, state = in_parts(layer, q, k, v, gates, self.config.scale, state, keep_state)
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # which would round the state
+            if x.shape[1] == 1 and state is not None:
+                o, state = recurrent_step(q, k, v, gates, self.config, state)
+            else:
+                layer = layer_for(self.config, q, torch.is_grad_enabled())
+                o, state = in_parts(layer, q, k, v, gates, self.config.scale, state, keep_state)
         o = self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x))
         return self.o_proj(o), state
 
@@ -173,7 +175,14 @@ def layer_for(config: LinearAttentionConfig, q: Tensor, backward: bool) -> Calla
     """What computes the layer for tensors like q [B, T, H, K]: the one configured, or the best that can."""
     device = "cuda" if q.is_cuda else "cpu"
     shape = (config.num_heads, config.head_k, config.head_v)
-    return _chosen(config.implementation, config.family, device, q.dtype, shape, backward)[1]
+    return LOADED[_load(config.implementation, config.family, device, q.dtype, shape, backward)]
+
+
+@torch.compiler.assume_constant_result  # a compiler takes the id as given, and does not trace the registry
+def _load(*key: Any) -> str:
+    impl_id, layer = _chosen(*key)
+    LOADED[impl_id] = layer
+    return impl_id
 
 
 @functools.lru_cache(maxsize=64)
@@ -184,6 +193,8 @@ def _chosen(
     case = {"dtype": DTYPES.get(dtype, str(dtype)), "passes": "fwd_bwd" if backward else "fwd"}
     case |= {"batch": 1, "seqlen": 2, "heads": shape[0], "d_k": shape[1], "d_v": shape[2]}
     if name != "auto":
+        if ".py:" in name:  # a configuration may come with a checkpoint, and must not run code
+            raise UsageError(f"{name!r} is no id", where="implementation", fix="make it an entry point")
         ((_, impl),) = resolve((name,), device, where="implementation")
         if impl.family != family:
             raise UsageError(
