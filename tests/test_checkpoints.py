@@ -243,5 +243,7 @@ def test_variants_without_a_fla_form_and_targets_in_the_way(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         checkpoints.convert(tmp_path / "0", tmp_path / "1", "glabench")
     (tmp_path / "weights.pt").touch()
+    with pytest.raises(UsageError, match="cannot write"):
+        checkpoints.convert(tmp_path / "0", tmp_path / "weights.pt" / "out", "glabench")
     with pytest.raises(UsageError, match=r"weights\.pt is pickled"):
         checkpoints.load(tmp_path / "weights.pt")

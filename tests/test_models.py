@@ -158,6 +158,32 @@ def test_initialisation_is_the_authors():
     assert abs(plain.q_proj.weight.std() / 0.02 - 1) < 0.05
 
 
+@pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny"])
+def test_mambas_outputs_start_small(name):
+    """Kaiming's uniform law over the square root of the layers, as in the authors' code."""
+    torch.manual_seed(0)
+    model = catalog.build(name)
+    weight = model.backbone.layers[3].mixer.out_proj.weight
+    edge = weight.shape[1] ** -0.5 / 8**0.5
+    assert 0.99 * edge < weight.abs().max() <= edge
+    assert abs(model.get_input_embeddings().weight.std() / 0.02 - 1) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{"gate": g} for g in ("channel", "scalar", "none")] + ["retnet"], ids=str)
+def test_our_kernels_give_the_plain_forms_logits(kind):
+    model = small(kind, hidden_size=128, intermediate_size=256).to("cuda", torch.bfloat16)
+    ids, family = tokens(length=200).cuda(), model.config.family
+    found = {}
+    for form in ("chunk", "chunk_torch"):
+        model.config.implementation = f"{family}_{form}"
+        out = model(ids, labels=ids, use_cache=True)
+        out.loss.backward()
+        found[form] = out.logits.detach(), getattr(out, CACHE).states[-1].detach()
+    for got, want in zip(found["chunk"], found["chunk_torch"], strict=True):
+        assert difference(got, want) < 0.03  # bf16 through two layers
+
+
 def test_wide_values_in_parts_are_the_whole():
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 9, 3, 4, dtype=torch.float64)
