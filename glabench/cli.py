@@ -261,6 +261,43 @@ def run(
 
 
 @app.command(
+    short_help="The shipped model configurations.",
+    epilog="Example: glabench models --json",
+)
+def models(json_: Json = False) -> None:
+    """The shipped model configurations: parameters, layers, width, bytes of state."""
+    from glabench.runners import models as catalog
+
+    entries = catalog.entries()
+    if json_:
+        print_json(entries)
+    else:
+        catalog.show(entries)
+
+
+@app.command(
+    short_help="Write a checkpoint in another layout.",
+    epilog="Example: glabench convert gla-340M-15B gla-340m --layout glabench",
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A local folder: config.json, safetensors.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    layout: Annotated[str, typer.Option(help="fla (flash-linear-attention's) or glabench.")],
+    json_: Json = False,
+) -> None:
+    """Write a local checkpoint in flash-linear-attention's layout, or in this suite's."""
+    from glabench.runners import models as catalog
+
+    done = catalog.convert(source, target, layout)
+    if json_:
+        print_json(done)
+    else:
+        typer.echo(
+            f"wrote {target}: {done['tensors']} tensors of {done['model_type']}, {done['layout']} layout"
+        )
+
+
+@app.command(
     short_help="Draw the figures of a folder of results.",
     epilog="Example: glabench report results --out reports",
 )

@@ -23,6 +23,8 @@ INSTALL = {
     "fla": "pip install 'glabench[peers]' --no-build-isolation",
     "flash_attn.cute": "pip install flash-attn-4",
     "cutlass": "pip install nvidia-cutlass-dsl",
+    "transformers": "pip install 'glabench[models]'",
+    "safetensors": "pip install 'glabench[models]'",
     "cuda": "a machine with an NVIDIA GPU and a CUDA build of torch",
 }
 DISTRIBUTIONS = {

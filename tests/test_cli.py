@@ -44,6 +44,8 @@ def glabench(*words, cwd=None):
         (("list", "--family", "glaa"), "error: no family 'glaa' (--family)"),
         (("verify", "gla_nothing"), "error: no implementation 'gla_nothing'"),
         (("report", "no/such/folder"), "error: "),
+        (("convert", "no/such", "out", "--layout", "fla"), "error: no folder 'no/such' (checkpoint)"),
+        (("convert", "no/such", "out", "--layout", "flaa"), "did you mean 'fla'?"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch):
@@ -77,7 +79,9 @@ def test_version():
     assert run("--version").stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("verb", ["list", "verify", "speed", "memory", "run", "report", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["list", "verify", "speed", "memory", "run", "report", "doctor", "models", "convert"]
+)
 def test_every_help_ends_with_one_example_that_names_the_verb(verb):
     done = run(verb, "--help")
     assert done.exit_code == 0

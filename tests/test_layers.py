@@ -16,6 +16,7 @@ HEAVY_FILES = {
     "oracle",
     "oracle_long",
     "kernels",
+    "models",
     "runners/cells",
     "runners/checking",
 }
@@ -43,13 +44,14 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "inputs": "errors cases",
     "oracle": "errors oracle_long",
     "kernels": "errors",
+    "models": "errors registry",
     "impls": "registry installed kernels",
     "figure_rows": "errors results figure_style",
     "figure_panels": "figure_style",
     "figures": "errors figure_style figure_rows figure_panels",
     "report": "errors results figures figure_style figure_rows",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
-    "measure ceilings footprint nvml inputs oracle",
+    "measure ceilings footprint nvml inputs oracle models",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }
