@@ -18,6 +18,15 @@ HEAVY_FILES = {
     "kernels",
     "runners/cells",
     "runners/checking",
+    "corpus/manifest",
+    "corpus/shards",
+    "corpus/tokenizer",
+    "training/checkpoint",
+    "training/loop",
+    "training/optimizer",
+    "training/order",
+    "training/processes",
+    "training/segments",
 }
 ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "__init__": "",
@@ -37,6 +46,10 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "registry": "errors installed",
     "pool": "worker",
     "progress": "cases results",
+    "meter": "",
+    "corpus": "errors installed meter results",
+    "models": "errors installed registry kernels",
+    "training": "errors installed meter results corpus models",
     "measure": "nvml stats",
     "ceilings": "",
     "footprint": "errors nvml",
@@ -49,7 +62,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figures": "errors figure_style figure_rows figure_panels",
     "report": "errors results figures figure_style figure_rows",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
-    "measure ceilings footprint nvml inputs oracle",
+    "measure ceilings footprint nvml inputs oracle meter corpus training",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }
