@@ -6,14 +6,14 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from glabench.corpus import sources
 from glabench.corpus.manifest import MANIFEST, SCHEMA, digest_of, read_manifest, verify
-from glabench.corpus.shards import SplitWriter
+from glabench.corpus.shards import SplitWriter, stray
 from glabench.corpus.tokenizer import Tokenizer
 from glabench.errors import UsageError
 from glabench.meter import Meter
@@ -85,6 +85,20 @@ def _check_folder(out: Path) -> None:
 
 def _same(done: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
     """Raise UsageError naming the first thing in which what lies in `out` differs from what was asked."""
+    _same_options(done, asked, out)
+    for split in sorted({*done["sources"], *asked["sources"]}):
+        before = {s["path"]: s for s in done["sources"].get(split, [])}
+        after = {s["path"]: s for s in asked["sources"].get(split, [])}
+        changed = sorted(p for p in {*before, *after} if before.get(p) != after.get(p))
+        if changed:
+            raise UsageError(
+                f"prepared from other {split} text: {changed[0]} is new, gone or changed",
+                where=str(out),
+                fix="choose another --out",
+            )
+
+
+def _same_options(done: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
     fix = "choose another --out"
     if done["tokenizer"] != asked["tokenizer"]:
         ours, theirs = (f"{t['name']} {t['sha256'][:12]}" for t in (asked["tokenizer"], done["tokenizer"]))
@@ -96,16 +110,6 @@ def _same(done: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
     for key in ("valid_frac", "shard_tokens", "field"):
         if done[key] != asked[key]:
             raise UsageError(f"prepared with {key}={done[key]}, not {asked[key]}", where=str(out), fix=fix)
-    for split in sorted({*done["sources"], *asked["sources"]}):
-        before = {s["path"]: s for s in done["sources"].get(split, [])}
-        after = {s["path"]: s for s in asked["sources"].get(split, [])}
-        changed = sorted(p for p in {*before, *after} if before.get(p) != after.get(p))
-        if changed:
-            raise UsageError(
-                f"prepared from other {split} text: {changed[0]} is new, gone or changed",
-                where=str(out),
-                fix=fix,
-            )
 
 
 @contextmanager
@@ -136,15 +140,34 @@ def _write(
     say: Callable[[str], None],
     meter: Callable[..., Meter],
 ) -> dict[str, Any]:
-    journal = _Journal(request.out / JOURNAL, asked)
-    if journal.resumed:
-        say(f"going on from {sum(s['tokens'] for s in journal.splits.values()):,} open tokens")
-    writers = {
-        split: SplitWriter(
-            request.out, split, request.tokenizer.dtype, request.shard_tokens, journal.splits.get(split)
-        )
-        for split in ("train", "valid")
-    }
+    journal = _Journal(request.out / JOURNAL, asked, say)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                closing(
+                    SplitWriter(
+                        request.out,
+                        split,
+                        request.tokenizer.dtype,
+                        request.shard_tokens,
+                        journal.splits.get(split),
+                    )
+                )
+            )
+            for split in ("train", "valid")
+        }
+        _fill(request, found, folders, writers, journal, meter)
+        return _finish(request, asked, writers)
+
+
+def _fill(
+    request: Request,
+    found: dict[str, list[sources.Source]],
+    folders: dict[str, Path],
+    writers: dict[str, SplitWriter],
+    journal: "_Journal",
+    meter: Callable[..., Meter],
+) -> None:
     jobs = [(split, source) for split, listed in found.items() for source in listed]
     total = sum(source.bytes for _, source in jobs)
     before = sum(source.bytes for _, source in jobs[: journal.source])
@@ -156,7 +179,6 @@ def _write(
             _one_source(request, folders[split], split, source, skip, writers, journal, number)
             before += source.bytes
             bar.update(before, f"{source.path}  {sum(w.tokens for w in writers.values()):,} tokens")
-    return _finish(request, asked, writers)
 
 
 def _one_source(
@@ -210,26 +232,44 @@ def _batches(
         yield batch
 
 
+def _jobs(asked: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every source in the order of its turn, with its split."""
+    return [(split, source) for split, listed in asked["sources"].items() for source in listed]
+
+
 class _Journal:
     """How far the preparation is, in one small file replaced at once after the shards are durable."""
 
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, path: Path, asked: dict[str, Any], say: Callable[[str], None]) -> None:
         self.path, self.asked = path, asked
-        self.source = self.pieces = 0
+        self.source = self.pieces = self.kept = 0
         self.splits: dict[str, dict[str, Any]] = {}
-        self.resumed, self.kept = path.exists(), 0
-        if self.resumed:
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-                _same(before["request"], asked, path.parent)
-                self.source, self.pieces = before["source"], before["pieces"]
-                self.splits = before["splits"]
-            except (ValueError, KeyError, TypeError) as err:
-                raise UsageError(
-                    f"{path.name} is not readable", where=str(path), fix="empty the folder and start again"
-                ) from err
-        else:
+        if path.exists():
+            self._resume(say)
+        if not self.source and not self.pieces:
+            for leftover in stray(path.parent, set()):
+                leftover.unlink()
             self._write(0, 0)
+
+    def _resume(self, say: Callable[[str], None]) -> None:
+        """Go on from the entry; start again where the text up to it changed (a file mended, say)."""
+        try:
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            source, pieces, request = before["source"], before["pieces"], before["request"]
+            _same_options(request, self.asked, self.path.parent)
+            used = source + bool(pieces)
+            if _jobs(request)[:used] != _jobs(self.asked)[:used]:
+                say("the text changed: starting again")
+                return
+            self.source, self.pieces, self.splits = source, pieces, before["splits"]
+            if used:
+                say(f"going on after {source} files")
+        except (ValueError, KeyError, TypeError) as err:
+            raise UsageError(
+                f"{self.path.name} is not readable",
+                where=str(self.path),
+                fix="empty the folder and start again",
+            ) from err
 
     def keep(self, source: int, pieces: int, writers: dict[str, SplitWriter], *, now: bool) -> None:
         tokens = sum(writer.tokens for writer in writers.values())
@@ -248,6 +288,7 @@ class _Journal:
 
 def _finish(request: Request, asked: dict[str, Any], writers: dict[str, SplitWriter]) -> dict[str, Any]:
     splits = {split: {"shards": writer.finish()} for split, writer in writers.items()}
+    named = {shard[key] for part in splits.values() for shard in part["shards"] for key in ("file", "index")}
     for split in splits.values():
         split["tokens"] = sum(shard["tokens"] for shard in split["shards"])
         split["documents"] = sum(shard["documents"] for shard in split["shards"])
@@ -267,5 +308,7 @@ def _finish(request: Request, asked: dict[str, Any], writers: dict[str, SplitWri
     folder = os.open(request.out, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+    for leftover in stray(request.out, named):
+        leftover.unlink()
     (request.out / JOURNAL).unlink(missing_ok=True)
     return manifest

@@ -6,6 +6,7 @@ in tokens from the shard's start, as little-endian uint64.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import numpy as np
 
 INDEX_DTYPE = np.dtype("<u8")
 DRAFT = ".partial"
+SHARD = re.compile(r"(train|valid)-\d{5,}\.(bin|idx)(\.partial)?")
+
+
+def stray(folder: Path, kept: set[str]) -> list[Path]:
+    """Shard files in a folder, finished or not, whose names are not among `kept`."""
+    return [p for p in folder.iterdir() if SHARD.fullmatch(p.name) and p.name not in kept]
 
 
 class SplitWriter:
@@ -87,6 +94,11 @@ class SplitWriter:
                 file.close()
                 self._path(suffix + DRAFT).unlink()
         return self.state["shards"]
+
+    def close(self) -> None:
+        """Let go of the files, as they are: the journal decides what of them counts."""
+        for file in self.files.values():
+            file.close()
 
     def _close(self) -> None:
         self.sync()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from glabench.corpus.zstd import open_zstd
 from glabench.errors import GlabenchError, UnavailableError, UsageError
 from glabench.installed import is_installed
 
@@ -120,7 +121,7 @@ def _unpacking(path: Path) -> Iterator[IO[bytes]]:
             )
         import zstandard
 
-        openers[".zst"], broken = zstandard.open, (*broken, zstandard.ZstdError)
+        openers[".zst"], broken = open_zstd, (*broken, zstandard.ZstdError)
     try:
         with openers.get(path.suffix, lambda p: p.open("rb"))(path) as file:
             yield file

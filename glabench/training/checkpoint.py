@@ -47,10 +47,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
-    keep: int,
     is_main: bool,
 ) -> None:
-    """Write checkpoint `state["step"]` and drop all but the newest `keep`. Every process calls it.
+    """Write checkpoint `state["step"]` in one step. Every process calls it; the first one writes.
 
     Raises: ResultsError where the disk does not take it; the checkpoints before it stay.
     """
@@ -83,10 +82,19 @@ def save(
             where=str(out),
             fix="make room; the same command goes on",
         ) from err
+
+
+def prune(out: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for _, old in find(out)[:-keep]:
-        condemned = old.with_name("." + old.name)
-        old.rename(condemned)  # never half a checkpoint under a checkpoint's name
-        shutil.rmtree(condemned)
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; never is half of one left under a checkpoint's name."""
+    condemned = folder.with_name("." + folder.name)
+    folder.rename(condemned)
+    shutil.rmtree(condemned)
 
 
 def _make_durable(path: Path) -> None:

@@ -130,7 +130,6 @@ class Trainer:
             self.model,
             self.optimizer,
             {**state, **extra},
-            keep=self.settings.keep,
             is_main=self.state.is_main_process,
         )
         self.state.wait_for_everyone()
@@ -169,9 +168,14 @@ def fit(trainer: Trainer, out: Path, extra: dict[str, Any]) -> dict[str, Any]:
             spent = time.perf_counter() - started
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(trainer, out, loss, norm)
+            if rows:  # only now: this loss is the proof that the newest checkpoint is a good one
+                checkpoint.prune(out, settings.keep)
             is_last = trainer.step == settings.steps
             leave = processes.mean(torch.tensor(float(bool(stop)), device=state.device), state).item() > 0
             due = settings.eval_every and trainer.step % settings.eval_every == 0
+            valid_loss = trainer.evaluate() if due or is_last else None
+            if valid_loss is not None and not math.isfinite(valid_loss):
+                raise _not_finite(trainer, out, valid_loss, norm)
             metric = Metric(
                 step=trainer.step,
                 tokens=trainer.step * settings.batch_tokens,
@@ -180,7 +184,7 @@ def fit(trainer: Trainer, out: Path, extra: dict[str, Any]) -> dict[str, Any]:
                 grad_norm=norm,
                 tokens_per_s=settings.batch_tokens / spent,
                 peak_mem_mib=peak_mem_mib(state.device),
-                valid_loss=trainer.evaluate() if due or is_last else None,
+                valid_loss=valid_loss,
             )
             if rows:
                 rows.append(metric)
@@ -191,6 +195,7 @@ def fit(trainer: Trainer, out: Path, extra: dict[str, Any]) -> dict[str, Any]:
                 break
     if rows:
         rows.close()
+        checkpoint.prune(out, settings.keep)
     return {"step": trainer.step, "finished": trainer.step == settings.steps}
 
 
@@ -201,6 +206,11 @@ def _describe(metric: Metric) -> str:
 
 def _not_finite(trainer: Trainer, out: Path, loss: float, norm: float) -> TrainingError:
     found = checkpoint.find(out)
+    if len(found) > 1 and found[-1][0] == trainer.step and not math.isfinite(loss):
+        # its weights are those that gave this loss
+        if trainer.state.is_main_process:
+            checkpoint.remove(found[-1][1])
+        found.pop()
     kept = f"checkpoint {found[-1][1].name} is kept" if found else "there is no checkpoint yet"
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
     return TrainingError(
