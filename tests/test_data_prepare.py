@@ -82,7 +82,7 @@ def test_parquet_gives_the_same_tokens(folder, out):
     assert tokens(out, prepared(folder, out)).tolist() == wanted(TEXTS).tolist()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # dill's, where the test saves the set
+@pytest.mark.filterwarnings("ignore")  # dill's, where the test saves the set
 def test_a_data_set_on_disk_gives_the_same_tokens(tmp_path, out):
     datasets = pytest.importorskip("datasets", reason="datasets reads what it saved")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "set"))

@@ -1,6 +1,7 @@
 """What the tests of preparing and training share: the sample text, a small configuration, real processes."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -64,10 +65,9 @@ def kill_when(process, ready, limit_s=60.0):
 
 def config(path, model="", **train):
     """A configuration file; `train` overrides TRAIN."""
-    lines = [
-        f"{key} = {str(value).lower() if isinstance(value, bool) else value!r}"
-        for key, value in {**TRAIN, **train}.items()
-    ]
+    keys = {**TRAIN, **train}
+    # JSON writes numbers, strings, lists and truth values as TOML does
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     path.write_text(MODEL.format(model=model) + "\n".join(lines) + "\n")
     return path
 

@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +153,18 @@ def fit(trainer: Trainer, out: Path, extra: dict[str, Any]) -> dict[str, Any]:
 
     Raises: TrainingError where the loss or the gradient is not finite; nothing of that step is kept.
     """
+    with ExitStack() as stack:
+        rows = None
+        if trainer.state.is_main_process:
+            rows = stack.enter_context(closing(MetricsFile(out / METRICS, trainer.step)))
+        _fit(trainer, out, extra, rows)
+    if rows:
+        checkpoint.prune(out, trainer.settings.keep)
+    return {"step": trainer.step, "finished": trainer.step == trainer.settings.steps}
+
+
+def _fit(trainer: Trainer, out: Path, extra: dict[str, Any], rows: MetricsFile | None) -> None:
     settings, state = trainer.settings, trainer.state
-    rows = MetricsFile(out / METRICS, trainer.step) if state.is_main_process else None
-    metric: Metric | None = None
     with (
         meter(settings.steps, "step", done=trainer.step, silent=rows is None) as bar,
         _asked_to_stop() as stop,
@@ -193,10 +202,6 @@ def fit(trainer: Trainer, out: Path, extra: dict[str, Any]) -> dict[str, Any]:
             bar.update(trainer.step, _describe(metric))
             if leave and not is_last:
                 break
-    if rows:
-        rows.close()
-        checkpoint.prune(out, settings.keep)
-    return {"step": trainer.step, "finished": trainer.step == settings.steps}
 
 
 def _describe(metric: Metric) -> str:
@@ -206,8 +211,7 @@ def _describe(metric: Metric) -> str:
 
 def _not_finite(trainer: Trainer, out: Path, loss: float, norm: float) -> TrainingError:
     found = checkpoint.find(out)
-    if len(found) > 1 and found[-1][0] == trainer.step and not math.isfinite(loss):
-        # its weights are those that gave this loss
+    if len(found) > 1 and found[-1][0] == trainer.step:  # its weights are those that failed
         if trainer.state.is_main_process:
             checkpoint.remove(found[-1][1])
         found.pop()

@@ -24,14 +24,17 @@ def build_model(table: dict[str, Any], vocabulary: int) -> Any:
         model = _shipped(options)
     else:
         raise UsageError(f"no kind {kind!r}", where="model.kind", fix=nearest(str(kind), ("shipped", "hf")))
-    entries = model.config.vocab_size
+    _check_vocabulary(model.config.vocab_size, vocabulary)
+    return model
+
+
+def _check_vocabulary(entries: int, vocabulary: int) -> None:
     if entries < vocabulary:
         raise UsageError(
             f"the model has {entries:,} vocabulary entries and the data's tokenizer {vocabulary:,}",
             where="model",
             fix="prepare the data with the model's tokenizer: bytes for tiny models, mistral for others",
         )
-    return model
 
 
 def _shipped(options: dict[str, Any]) -> Any:
@@ -58,6 +61,8 @@ def _from_transformers(options: dict[str, Any], vocabulary: int) -> Any:
     for key in options:
         if key not in known:  # transformers keeps an unknown key and does nothing with it
             raise UsageError(f"no key {key!r}", where=f"model {model_type}", fix=nearest(key, sorted(known)))
+
+    _check_vocabulary(options["vocab_size"], vocabulary)
 
     def build() -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).float()
