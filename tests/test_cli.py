@@ -77,7 +77,9 @@ def test_version():
     assert run("--version").stdout.strip() == __version__
 
 
-@pytest.mark.parametrize("verb", ["list", "verify", "speed", "memory", "run", "report", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["list", "verify", "speed", "memory", "run", "report", "doctor", "data", "train"]
+)
 def test_every_help_ends_with_one_example_that_names_the_verb(verb):
     done = run(verb, "--help")
     assert done.exit_code == 0

@@ -59,7 +59,7 @@ def out(tmp_path):
     return tmp_path / "prepared"
 
 
-def assert_refused(done, *words):
+def check(done, *words):
     assert done.exit_code == 2, (done.stdout, done.stderr, done.exception)
     *progress, line = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
@@ -179,37 +179,37 @@ def test_a_killed_run_goes_on_and_ends_the_same(folder, tmp_path, out):
 def test_a_file_mended_after_an_error_is_taken_up(folder, tmp_path, out):
     (folder / "a.txt").write_text(JOINED)
     (folder / "b.txt").write_bytes(b"bad \xff")
-    assert_refused(prepare(folder, out, "--valid-frac", "0"), "not UTF-8", "b.txt, byte 4")
+    check(prepare(folder, out, "--valid-frac", "0"), "not UTF-8", "b.txt, byte 4")
     (folder / "b.txt").write_text("good")
     assert tokens(out, prepared(folder, out)).tolist() == wanted([*TEXTS, "good"]).tolist()
 
 
 def test_an_empty_folder_is_refused(folder, out):
-    assert_refused(prepare(folder, out), "no text in the folder", str(folder))
+    check(prepare(folder, out), "no text in the folder", str(folder))
     (folder / "picture.png").write_bytes(b"")
-    assert_refused(prepare(folder, out), "no text in the folder")
-    assert_refused(prepare(folder / "nowhere", out), "no folder 'nowhere'")
+    check(prepare(folder, out), "no text in the folder")
+    check(prepare(folder / "nowhere", out), "no folder 'nowhere'")
     (folder / "a.txt").write_text("\n\n")
-    assert_refused(prepare(folder, out), "the text files are empty")
+    check(prepare(folder, out), "the text files are empty")
 
 
 @pytest.mark.parametrize("size", [100, 1_048_575, 3_000_000])
 def test_bad_utf8_names_the_file_and_the_byte(folder, out, size):
     good = ("é" * size).encode()[:size] if size % 2 == 0 else b"x" * (size - 3) + "日".encode()
     (folder / "a.txt").write_bytes(good + b"\xff rest")
-    assert_refused(prepare(folder, out), "not UTF-8", f"a.txt, byte {len(good)}")
+    check(prepare(folder, out), "not UTF-8", f"a.txt, byte {len(good)}")
 
 
 def test_bad_utf8_in_packed_lines_names_the_byte_of_the_text(folder, out):
     data = LINES.encode() + b'{"text": "\xe9"}\n'
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(data))
     where = f"a.jsonl.gz, byte {len(LINES.encode()) + 10} of the unpacked text"
-    assert_refused(prepare(folder, out), "not UTF-8", where)
+    check(prepare(folder, out), "not UTF-8", where)
 
 
 def test_a_character_cut_by_the_end_of_the_file_is_refused(folder, out):
     (folder / "a.txt").write_bytes(b"abc\xe6\x97")
-    assert_refused(prepare(folder, out), "not UTF-8", "byte 3")
+    check(prepare(folder, out), "not UTF-8", "byte 3")
 
 
 @pytest.mark.parametrize("pack", [".xz", ".gz", ".zst"])
@@ -218,7 +218,7 @@ def test_an_unreadable_archive_is_refused(folder, out, pack, harm):
     data = np.random.default_rng(0).integers(97, 123, 200_000, dtype=np.uint8).tobytes()
     packed = {".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstd}[pack](data)
     (folder / f"a.txt{pack}").write_bytes(packed[: len(packed) // 2] if harm == "cut" else b"not an archive")
-    assert_refused(prepare(folder, out), f"cannot unpack a.txt{pack}")
+    check(prepare(folder, out), f"cannot unpack a.txt{pack}")
 
 
 @pytest.mark.parametrize(
@@ -231,19 +231,19 @@ def test_an_unreadable_archive_is_refused(folder, out, pack, harm):
 )
 def test_a_line_that_holds_no_text_is_named(folder, out, line, words):
     (folder / "a.jsonl").write_text(LINES + line + "\n")
-    assert_refused(prepare(folder, out), *words)
+    check(prepare(folder, out), *words)
 
 
 @pytest.mark.skipif(is_installed("pyarrow"), reason="pyarrow is installed")
 def test_parquet_without_its_reader_is_one_line(folder, out):
     (folder / "a.parquet").write_bytes(b"PAR1")
-    assert_refused(prepare(folder, out), "pyarrow is not installed", "pip install pyarrow")
+    check(prepare(folder, out), "pyarrow is not installed", "pip install pyarrow")
 
 
 @pytest.mark.skipif(is_installed("datasets"), reason="datasets is installed")
 def test_a_data_set_without_its_reader_is_one_line(folder, out):
     (folder / "dataset_info.json").write_text("{}")
-    assert_refused(prepare(folder, out), "datasets is not installed", "pip install datasets")
+    check(prepare(folder, out), "datasets is not installed", "pip install datasets")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_shard_that_is_not_what_was_prepared_is_refused(folder, out, harm, wor
     (folder / "a.txt").write_text(JOINED)
     prepared(folder, out)
     harm(out / name)
-    assert_refused(prepare(folder, out, "--valid-frac", "0"), name, word)
+    check(prepare(folder, out, "--valid-frac", "0"), name, word)
 
 
 def test_a_folder_prepared_from_something_else_is_refused(folder, out):
@@ -268,10 +268,10 @@ def test_a_folder_prepared_from_something_else_is_refused(folder, out):
     prepared(folder, out)
     pytest.importorskip("mistral_common", reason="the other tokenizer")
     other = prepare(folder, out, "--valid-frac", "0", tokenizer="mistral")
-    assert_refused(other, "the tokenizer mistral", "does not match")
-    assert_refused(prepare(folder, out, "--valid-frac", "0.5"), "prepared with valid_frac=0.0, not 0.5")
+    check(other, "the tokenizer mistral", "does not match")
+    check(prepare(folder, out, "--valid-frac", "0.5"), "prepared with valid_frac=0.0, not 0.5")
     (folder / "a.txt").write_text(JOINED + "!")
-    assert_refused(prepare(folder, out, "--valid-frac", "0"), "a.txt is new, gone or changed")
+    check(prepare(folder, out, "--valid-frac", "0"), "a.txt is new, gone or changed")
 
 
 def test_a_tokenizer_that_is_not_the_manifests_is_named(folder, out):
@@ -289,6 +289,6 @@ def test_what_is_not_ours_is_not_written_to(folder, out):
     (folder / "a.txt").write_text(JOINED)
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
-    assert_refused(prepare(folder, out), "prepared holds other files")
-    assert_refused(prepare(folder, folder / "a.txt"), "a.txt is not a folder")
-    assert_refused(prepare(folder, out, tokenizer="byte"), "no tokenizer 'byte'")
+    check(prepare(folder, out), "prepared holds other files")
+    check(prepare(folder, folder / "a.txt"), "a.txt is not a folder")
+    check(prepare(folder, out, tokenizer="byte"), "no tokenizer 'byte'")

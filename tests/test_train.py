@@ -4,20 +4,15 @@ import collections
 import json
 import math
 import shutil
-import tomllib
+import time
 
-import numpy as np
 import pytest
 import torch
 from tolerances import TRAINING
-from training_calls import MODEL, SAMPLE, TRAIN, config, kill_when, losses, metrics, run, start
+from training_calls import SAMPLE, TRAIN, config, kill_when, losses, metrics, run, start
 
 from glabench.corpus import manifest as corpus
-from glabench.errors import UsageError
-from glabench.training import checkpoint, settings
-from glabench.training.order import Order
-from glabench.training.schedule import learning_rate
-from glabench.training.segments import segment_losses
+from glabench.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MARGIN = 0.5  # nats a byte below the unigram entropy: more than letter frequencies, spelling too
@@ -197,34 +192,6 @@ def test_gradient_checkpointing_changes_nothing(whole, data, tmp_path):
     assert losses(tmp_path / "run") == losses(whole[1])
 
 
-def small_model():
-    from glabench.training.model import build_model
-
-    torch.manual_seed(0)
-    return build_model(tomllib.loads(MODEL.format(model=""))["model"], 257)
-
-
-def test_segments_carry_the_state_and_not_the_gradient():
-    model, ids = small_model(), torch.arange(2 * 24).reshape(2, 24) % 257
-    embedding = model.get_input_embeddings()
-    first, second = segment_losses(model, ids, 2, torch.no_grad)
-    logits = model(input_ids=ids).logits
-    wanted = [
-        torch.nn.functional.cross_entropy(
-            logits[:, a : a + 11].flatten(0, 1), ids[:, a + 1 : a + 12].flatten()
-        )
-        for a in (0, 12)
-    ]
-    assert abs(first / wanted[0] - 1) < TRAINING and abs(second / wanted[1] - 1) < TRAINING
-    seen = []
-    embedding.register_forward_hook(lambda module, given, out: seen.append(out) or out.retain_grad())
-    for number, loss in enumerate(segment_losses(model, ids, 2, torch.enable_grad)):
-        before = [None if out.grad is None else out.grad.clone() for out in seen[:number]]
-        loss.backward()
-        assert seen[number].grad.abs().sum() > 0
-        assert all(torch.equal(out.grad, old) for out, old in zip(seen, before, strict=False))
-
-
 def test_training_in_segments_resumes_exactly_too(data, tmp_path):
     path = config(tmp_path / "a.toml", segments=2, steps=4, save_every=2)
     trained(path, data, tmp_path / "run")
@@ -238,42 +205,6 @@ def test_a_model_without_a_state_cannot_be_trained_in_segments(data, tmp_path):
     path = config(tmp_path / "a.toml", segments=2, grad_checkpointing=True)
     done = train(path, data, tmp_path / "run")
     assert refused(done, "the model gives no state to carry between segments") == 2
-
-
-def test_the_order_is_a_permutation_of_each_epoch_and_a_function_of_the_seed(data):
-    tokens = corpus.Tokens(data, corpus.read_manifest(data), "train")
-    order, count = Order(tokens, 64, seed=0), len(tokens) // 64
-    epochs = [[order.sequence(e * count + n) for n in range(count)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(count)) and epochs[0] != epochs[1]
-    assert epochs[0] != [Order(tokens, 64, seed=1).sequence(n) for n in range(count)]
-    fresh = Order(tokens, 64, seed=0)
-    rows = fresh.rows(count - 2, 4)  # across the epochs' border, asked for out of the blue
-    wanted = [tokens.read(i * 64, 64) for i in (*epochs[0][-2:], *epochs[1][:2])]
-    assert np.array_equal(rows, wanted)
-
-
-def test_the_schedule_is_the_papers():
-    """GLA §5.1: 3e-4 at most, 3e-5 at both ends, linear warm-up, cosine."""
-    paper = settings.load("gla-340m").settings
-    assert (paper.lr, paper.lr_end, paper.weight_decay, paper.clip) == (3e-4, 3e-5, 0.01, 1.0)
-    assert paper.batch_tokens * paper.steps == pytest.approx(15e9, rel=1e-4)  # tokens
-    assert paper.batch_tokens * paper.warmup_steps == pytest.approx(0.5e9, rel=1e-3)
-    rate = [learning_rate(step, paper) for step in range(paper.steps)]
-    assert rate[0] == 3e-5 and rate[954] == max(rate) == 3e-4 and rate[-1] == pytest.approx(3e-5, rel=1e-9)
-    assert rate[477] == pytest.approx((3e-5 + 3e-4) / 2, rel=1e-9)  # half of the warm-up
-    half = (954 + paper.steps - 1) / 2
-    assert learning_rate(half, paper) == pytest.approx((3e-5 + 3e-4) / 2, rel=1e-9)
-
-
-def test_norms_and_biases_do_not_decay():
-    from glabench.training import optimizer
-
-    model = small_model()
-    made = optimizer.make(model, settings.load("gla-340m").settings)
-    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in made.param_groups}
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all("norm" in names[i] for i in groups[0.0]) and len(groups[0.0]) == 5
-    assert set(names) == groups[0.0] | groups[0.01]
 
 
 @pytest.mark.parametrize(
@@ -332,6 +263,14 @@ def test_a_damaged_checkpoint_is_named(whole, data, tmp_path):
     assert refused(train(whole[0], data, out), "checkpoint step-00000012 is damaged") == 2
 
 
-def test_a_name_that_is_no_configuration_is_refused():
-    with pytest.raises(UsageError, match="steps is missing"):
-        settings.load("nonsense")
+def test_a_schedulers_notice_saves_and_ends_the_run(data, tmp_path):
+    out = tmp_path / "run"
+    path = config(tmp_path / "a.toml", steps=100_000, warmup_steps=10, save_every=100_000)
+    process = start("train", path, "--data", data, "--out", out, "--device", "cpu")
+    while not ((out / "metrics.csv").exists() and metrics(out)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    (step, _), rows = checkpoint.find(out)[-1], metrics(out)
+    assert process.returncode == 0 and "stopped early" in said and step == int(rows[-1]["step"])

@@ -59,7 +59,7 @@ class Trainer:
         self.valid = Tokens(folder, manifest, "valid")
         self.model = model.to(state.device)
         if settings.grad_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(self.model)
         processes.shard(self.model, state)
         if settings.compile:
             self.model.compile()
@@ -140,6 +140,12 @@ class Trainer:
 
     def _to_device(self, rows: Any) -> torch.Tensor:
         return torch.from_numpy(rows).to(self.state.device, non_blocking=True)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Under the name that this version of transformers has for it; 5.x renamed it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:

@@ -1,5 +1,6 @@
 """Truncated back-propagation through time: a sequence in segments, the state carried, the gradient not."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,21 +18,26 @@ def segment_losses(
     Raises: UsageError where the model gives no state to carry.
     Source: GLA §5.2, "12 x 2K": no gradient across segments.
     """
-    carried = None
+    name, carried = cache_name(model), None
     for part in ids.chunk(segments, dim=1):
-        state = {} if carried is None else {"past_key_values": carried}
+        state = {} if carried is None else {name: carried}
         with autocast():
             out = model(input_ids=part, labels=part, use_cache=segments > 1, **state)
         yield out.loss
         if segments == 1:
             return
-        carried = detached(getattr(out, "past_key_values", None))
+        carried = detached(out.get(name))
         if carried is None:
             raise UsageError(
                 "the model gives no state to carry between segments",
                 where="train.segments",
                 fix="use segments = 1, or a model with a state and no gradient checkpointing",
             )
+
+
+def cache_name(model: Any) -> str:
+    """How the model's forward calls its state: transformers renamed `past_key_values` to `cache` in 5.x."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def detached(value: Any) -> Any:
