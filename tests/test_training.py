@@ -84,7 +84,7 @@ def test_norms_and_biases_do_not_decay():
 
 
 def test_a_name_that_is_no_configuration_is_refused():
-    with pytest.raises(UsageError, match="steps is missing"):
+    with pytest.raises(UsageError, match="no configuration 'nonsense'"):
         settings.load("nonsense")
 
 

@@ -176,9 +176,16 @@ def _fill(
             if number < journal.source:
                 continue
             skip = journal.pieces if number == journal.source else 0
-            _one_source(request, folders[split], split, source, skip, writers, journal, number)
+
+            def tell(done: int, path: str = source.path) -> None:
+                bar.update(done, f"{path}  {sum(w.tokens for w in writers.values()):,} tokens")
+
+            for pieces in _one_source(request, folders[split], split, source, skip, writers):
+                journal.keep(number, pieces, writers)
+                tell(before)  # how much of a packed file is read is not known: the tokens say that it goes on
+            journal.keep(number + 1, 0, writers)
             before += source.bytes
-            bar.update(before, f"{source.path}  {sum(w.tokens for w in writers.values()):,} tokens")
+            tell(before)
 
 
 def _one_source(
@@ -188,21 +195,17 @@ def _one_source(
     source: sources.Source,
     skip: int,
     writers: dict[str, SplitWriter],
-    journal: "_Journal",
-    number: int,
-) -> None:
+) -> Iterator[int]:
+    """Append a source's pieces after the first `skip`; yield, batch by batch, how many are done."""
     frac = request.valid_frac if split == "train" else 0.0
     pieces = route(sources.read(folder, source, request.field), split, frac)
     done = skip
     for batch in _batches(itertools.islice(pieces, skip, None)):
-        closed = False
-        for (target, piece), ids in zip(
-            batch, request.tokenizer.encode([piece.text for _, piece in batch]), strict=True
-        ):
-            closed |= writers[target].append(ids, end=request.tokenizer.end if piece.last else None)
+        coded = request.tokenizer.encode([piece.text for _, piece in batch])
+        for (target, piece), ids in zip(batch, coded, strict=True):
+            writers[target].append(ids, end=request.tokenizer.end if piece.last else None)
         done += len(batch)
-        journal.keep(number, done, writers, now=closed)
-    journal.keep(number + 1, 0, writers, now=False)
+        yield done
 
 
 def route(
@@ -242,7 +245,7 @@ class _Journal:
 
     def __init__(self, path: Path, asked: dict[str, Any], say: Callable[[str], None]) -> None:
         self.path, self.asked = path, asked
-        self.source = self.pieces = self.kept = 0
+        self.source = self.pieces = self.kept = self.shards = 0
         self.splits: dict[str, dict[str, Any]] = {}
         if path.exists():
             self._resume(say)
@@ -271,13 +274,15 @@ class _Journal:
                 fix="empty the folder and start again",
             ) from err
 
-    def keep(self, source: int, pieces: int, writers: dict[str, SplitWriter], *, now: bool) -> None:
+    def keep(self, source: int, pieces: int, writers: dict[str, SplitWriter]) -> None:
+        """Note how far it is, where a shard closed or enough came since the last entry."""
         tokens = sum(writer.tokens for writer in writers.values())
-        if not now and tokens - self.kept < SYNC_TOKENS:
+        shards = sum(len(writer.state["shards"]) for writer in writers.values())
+        if shards == self.shards and tokens - self.kept < SYNC_TOKENS:
             return
         for writer in writers.values():
             writer.sync()
-        self.kept = tokens
+        self.kept, self.shards = tokens, shards
         self.splits = {split: writer.state for split, writer in writers.items()}
         self._write(source, pieces)
 

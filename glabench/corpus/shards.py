@@ -63,21 +63,19 @@ class SplitWriter:
             self.files[suffix].truncate(size)
             self.files[suffix].seek(size)
 
-    def append(self, ids: np.ndarray, *, end: int | None) -> bool:
-        """Add a piece; `end` is the token that closes its document. Returns whether a shard closed."""
+    def append(self, ids: np.ndarray, *, end: int | None) -> None:
+        """Add a piece; `end` is the token that closes its document, and with it, maybe, the shard."""
         self.files[".bin"].write(ids.astype(self.dtype, copy=False).tobytes())
         self.state["tokens"] += len(ids)
         if end is None:
-            return False
+            return
         self.files[".bin"].write(np.array([end], self.dtype).tobytes())
         self.state["tokens"] += 1
         self.files[".idx"].write(np.array([self.state["tokens"]], INDEX_DTYPE).tobytes())
         self.state["documents"] += 1
-        if self.state["tokens"] < self.shard_tokens:
-            return False
-        self._close()
-        self._restore()
-        return True
+        if self.state["tokens"] >= self.shard_tokens:
+            self._close()
+            self._restore()
 
     def sync(self) -> None:
         """Make everything appended so far durable."""

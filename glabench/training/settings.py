@@ -137,6 +137,12 @@ def load(name: str, *, steps: int | None = None, micro_batch: int | None = None)
     else:
         model, train, where = {"name": name}, {}, name
     size = next((s for s in RECIPES if s in str(model.get("name", "")).split("-")), None)
+    if size is None and not name.endswith(".toml"):
+        raise UsageError(
+            f"no configuration {name!r}",
+            where="CONFIG",
+            fix="name a .toml file, or a shipped one such as gla-tiny",
+        )
     recipe = {**(RECIPES[size] if size else {}), **train}
     if steps is not None:
         recipe["steps"] = steps
