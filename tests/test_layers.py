@@ -58,9 +58,10 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "kernels": "errors",
     "impls": "registry installed kernels",
     "figure_rows": "errors results figure_style",
+    "figure_losses": "errors figure_style",
     "figure_panels": "figure_style",
     "figures": "errors figure_style figure_rows figure_panels",
-    "report": "errors results figures figure_style figure_rows",
+    "report": "errors results figures figure_style figure_rows figure_losses",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle meter corpus training",
     "cli": "errors runners report progress",
