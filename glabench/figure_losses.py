@@ -79,6 +79,7 @@ def draw(runs: list[Run], out: Path) -> Path:
 
 def _figure(runs: list[Run]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     # inches: a row of the page for the axes, and a line for each run's name and note below them
     height_pt = 230.0 + fs.LINE_PT * len(runs)
@@ -98,6 +99,7 @@ def _figure(runs: list[Run]) -> Any:
         figure.text(0.08, y, words, color=colour, va="bottom")
     axes.grid(True)
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
     figure.text(
         0.01,
         1 - 6 / height_pt,

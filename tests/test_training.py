@@ -10,7 +10,7 @@ from training_calls import MODEL, SAMPLE, run
 
 from glabench.corpus import manifest as corpus
 from glabench.errors import UsageError
-from glabench.training import optimizer, settings
+from glabench.training import folder, optimizer, settings
 from glabench.training.metrics import COLUMNS, Metric, MetricsFile
 from glabench.training.order import Order
 from glabench.training.schedule import learning_rate
@@ -119,3 +119,15 @@ def test_a_metrics_file_is_cut_back_to_its_checkpoint_and_never_short(tmp_path):
     ]
     with pytest.raises(ResultsError, match="has 2 of the checkpoint's 5 steps"):
         MetricsFile(path, 5)
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with folder.claim(tmp_path / "run", {"seed": 0}):
+        with pytest.raises(UsageError, match="another run writes here"), folder.claim(tmp_path / "run", {}):
+            pass
+        folder.note(tmp_path / "run", {"seed": 0}, {})
+    with (
+        pytest.raises(UsageError, match="made with seed 0, not 1"),
+        folder.claim(tmp_path / "run", {"seed": 1}),
+    ):
+        pass
