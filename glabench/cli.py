@@ -28,9 +28,8 @@ class Group(TyperGroup):
                 typer.echo(f"error: {err}", err=True)
             raise typer.Exit(err.exit_code) from None
         except KeyboardInterrupt:
-            typer.echo(
-                "interrupted: the rows so far are safe; the same command with --resume goes on", err=True
-            )
+            again = "" if ctx.invoked_subcommand in ("data", "train") else " with --resume"
+            typer.echo(f"interrupted: what is written is safe; the same command{again} goes on", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -331,3 +330,82 @@ def doctor(device: Device = "auto", json_: Json = False) -> None:
     else:
         checks.show(findings)
     raise typer.Exit(DONE if findings["ok"] else RESULT_SAYS_NO)
+
+
+data = typer.Typer(cls=Group, rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(
+    data,
+    name="data",
+    short_help="Prepare text for training.",
+    help="Prepare text for training.",
+    epilog="Example: glabench data prepare texts --out prepared",
+)
+
+
+@data.command(
+    short_help="Turn a folder of text into token shards.",
+    epilog="Example: glabench data prepare texts --out prepared --tokenizer bytes",
+)
+def prepare(
+    folder: Annotated[
+        Path, typer.Argument(help="Text: .txt, .jsonl, .parquet; .xz, .gz, .zst of them; or a data set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the shards and of manifest.json.")],
+    tokenizer: Annotated[str, typer.Option(help="mistral, bytes, or a .model or .json file.")] = "mistral",
+    valid: Annotated[Path | None, typer.Option(help="A folder of validation text.")] = None,
+    valid_frac: Annotated[
+        float | None, typer.Option(help="Share of the documents kept for validation; default 0.01.")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a shard is full.")] = 1 << 26,
+    field: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
+    json_: Json = False,
+) -> None:
+    """Turn a folder of text into token shards; run again, it goes on or finds them done."""
+    from glabench.runners import data as preparing
+
+    done = preparing.prepare(
+        folder,
+        out,
+        tokenizer=tokenizer,
+        valid=valid,
+        valid_frac=valid_frac,
+        shard_tokens=shard_tokens,
+        field=field,
+        say=say,
+    )
+    if json_:
+        print_json(done)
+    else:
+        preparing.show(done)
+
+
+@app.command(
+    short_help="Train a language model; the same command resumes.",
+    epilog="Example: glabench train gla-tiny --data prepared --out runs/gla-tiny",
+)
+def train(
+    config: Annotated[str, typer.Argument(help="A shipped configuration, or a .toml file.")],
+    data: Annotated[Path, typer.Option(help="A folder that `glabench data prepare` made.")],
+    out: Annotated[Path, typer.Option(help="Folder of metrics.csv and of the checkpoints.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps; default the configuration's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the data order.")] = 0,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in one forward pass; default the configuration's.")
+    ] = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Train a language model on prepared data; the same command with the same --out resumes."""
+    from glabench.runners import train as training
+
+    done = training.train(
+        config, data, out, steps=steps, seed=seed, micro_batch=micro_batch, device=device, say=say
+    )
+    if done is None:
+        return
+    if json_:
+        print_json(done)
+    else:
+        training.show(done)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from glabench import figure_losses, figures
 from glabench import figure_style as fs
-from glabench import figures
 from glabench.errors import ResultsError
 from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
 from glabench.results import rows_path, write_whole
@@ -46,7 +46,8 @@ def build(folder: Path, out: Path) -> Path:
     ours, or `out` cannot be written.
     """
     parts, empty = _parts(folder)
-    if not parts:
+    runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
+    if not parts and not runs:
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -55,6 +56,10 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(part.place(), taken)
         pictures = figures.render_part(part, out / place)
         sections.append((place, _section(part, place, [p for p in pictures if p.suffix == ".svg"])))
+    if runs:
+        place = _free(Path("training"), taken)
+        picture = _figure(figure_losses.draw(runs, out / place))
+        sections.append((place, f'<section id="{_anchor(place)}">\n<h2>Training</h2>{picture}</section>'))
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
@@ -155,6 +160,8 @@ def _figure(path: Path) -> str:
     kind, _, name = path.stem.partition("_")
     words = {"time": "Time", "speedup": "Speed-up", "floor": "Time over the floor", "memory": "Memory"}
     alt = f"{words.get(kind, kind)} against sequence length: {name}"
+    if kind == "loss":
+        alt = "Loss against tokens"
     return f'<figure><img alt="{text(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 

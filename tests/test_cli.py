@@ -80,7 +80,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "verb", ["list", "verify", "speed", "memory", "run", "report", "doctor", "models", "convert"]
+    "verb",
+    ["list", "verify", "speed", "memory", "run", "report", "doctor", "models", "convert", "data", "train"],
 )
 def test_every_help_ends_with_one_example_that_names_the_verb(verb):
     done = run(verb, "--help")

@@ -1,0 +1,1 @@
+"""Text -> token shards on disk: sources, tokenizers, shards, and the manifest that says what they are."""

@@ -1,0 +1,117 @@
+"""metrics.csv of training runs -> one figure of their losses against tokens. Never imports torch."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glabench import figure_style as fs
+from glabench.errors import ResultsError
+
+METRICS, IDENTITY = "metrics.csv", "train.json"
+HEADER = "step,tokens,loss,"
+SMOOTH = 50  # parts a training curve is averaged into: the noise of single batches hides the order of runs
+SPARE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run's curves: (tokens, nats) of each step, and of each evaluation."""
+
+    name: str
+    family: str
+    train: list[tuple[int, float]]
+    valid: list[tuple[int, float]]
+    note: str
+
+
+def find(folder: Path) -> list[Path]:
+    """The folders of training runs at or below `folder`."""
+    return sorted(p.parent for p in folder.rglob(METRICS) if (p.parent / IDENTITY).is_file())
+
+
+def load(place: Path, folder: Path) -> Run:
+    """Read a run; a last line that is still being written is left out. Raises: ResultsError."""
+    try:
+        text = (place / METRICS).read_text(encoding="utf-8")
+        record = json.loads((place / IDENTITY).read_text(encoding="utf-8"))
+        identity, started = record["identity"], record["runs"][-1]
+        if not text.startswith(HEADER):
+            raise ValueError(f"{METRICS} has other columns")
+        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+        train = [(int(r["tokens"]), float(r["loss"])) for r in rows]
+        valid = [(int(r["tokens"]), float(r["valid_loss"])) for r in rows if r["valid_loss"]]
+        model = identity["model"]
+        note = f"seed {identity['seed']}, data {identity['data'][:12]}, {started['device']}"
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as err:
+        raise ResultsError(
+            f"cannot read the run: {err}", where=str(place), fix="take the folder away, or mend it"
+        ) from err
+    name = place.relative_to(folder).as_posix() if place != folder else place.resolve().name
+    family = str(model.get("name") or model.get("model_type")).split("-")[0]
+    return Run(name, family, train, valid, note)
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means over at most SMOOTH parts of equal length, each at the middle of its tokens."""
+    size = -(-len(points) // SMOOTH)
+    parts = [points[i : i + size] for i in range(0, len(points), size)] if points else []
+    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
+
+
+def draw(runs: list[Run], out: Path) -> Path:
+    """Write out/loss.svg and loss.png and return the first; unchanged runs give identical files."""
+    with fs.style():
+        figure = _figure(runs)
+        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                figure.savefig(
+                    out / f"loss.{kind}", format=kind, metadata=metadata, facecolor="white", dpi=200
+                )
+            except OSError as err:
+                raise ResultsError(
+                    f"cannot write loss.{kind}: {err.strerror}", where=str(out), fix="choose another --out"
+                ) from err
+    return out / "loss.svg"
+
+
+def _figure(runs: list[Run]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    # inches: a row of the page for the axes, and a line for each run's name and note below them
+    height_pt = 230.0 + fs.LINE_PT * len(runs)
+    figure = Figure(figsize=(fs.WIDTH_PT / 72, height_pt / 72))
+    bottom = (34.0 + fs.LINE_PT * len(runs)) / height_pt
+    axes = figure.add_axes((0.08, bottom, 0.9, 1 - bottom - 20 / height_pt))
+    has_valid = any(run.valid for run in runs)
+    for number, run in enumerate(runs):
+        colour = _colour(run, runs, number)
+        faint = {"alpha": 0.35, "linewidth": 0.8} if has_valid else {"linewidth": 1.2}
+        axes.plot(*zip(*smooth(run.train), strict=True), color=colour, **faint)
+        if run.valid:
+            axes.plot(*zip(*run.valid, strict=True), color=colour, linewidth=1.2, marker="o", markersize=2.5)
+        last = (run.valid or run.train)[-1][1]
+        words = f"{run.name}: {'validation' if run.valid else 'training'} {last:.4f} ({run.note})"
+        y = (8.0 + fs.LINE_PT * (len(runs) - 1 - number)) / height_pt
+        figure.text(0.08, y, words, color=colour, va="bottom")
+    axes.grid(True)
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
+    figure.text(
+        0.01,
+        1 - 6 / height_pt,
+        "Loss, nats a token" + ("; validation marked, training faint" if has_valid else ""),
+        va="top",
+    )
+    return figure
+
+
+def _colour(run: Run, runs: list[Run], number: int) -> str:
+    """The family's colour where every run has a family of its own, else one a run."""
+    families = [one.family for one in runs]
+    if run.family in fs.FAMILIES and families.count(run.family) == 1:
+        return fs.FAMILIES[run.family][0]
+    return SPARE[number % len(SPARE)]

@@ -1,0 +1,1 @@
+"""Training a language model: settings, data order, schedule, checkpoints, the loop."""

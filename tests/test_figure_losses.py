@@ -1,0 +1,53 @@
+"""Loss curves from metrics.csv: what is read, what is drawn, and that unchanged runs give the same files."""
+
+import json
+
+import pytest
+
+from glabench import figure_losses, report
+from glabench.errors import ResultsError
+
+HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
+
+
+def made_run(folder, model, loss, steps=120, tail=""):
+    folder.mkdir(parents=True)
+    lines = [
+        f"{n},{n * 100},{loss + 1 / n!r},0.1,1.0,5.0,9.0,{loss if n % 60 == 0 else ''}"
+        for n in range(1, steps + 1)
+    ]
+    (folder / "metrics.csv").write_text("\n".join([HEADER, *lines]) + "\n" + tail)
+    identity = {"model": {"name": model}, "seed": 3, "data": "0123456789abcdef"}
+    (folder / "train.json").write_text(json.dumps({"identity": identity, "runs": [{"device": "a machine"}]}))
+
+
+def test_a_run_is_read_up_to_a_line_that_is_being_written(tmp_path):
+    made_run(tmp_path / "a", "gla-tiny", 2.0, tail="121,121")
+    run = figure_losses.load(tmp_path / "a", tmp_path)
+    assert (run.name, run.family, len(run.train)) == ("a", "gla", 120)
+    assert run.valid == [(6000, 2.0), (12000, 2.0)] and run.train[0] == (100, 3.0)
+
+
+def test_smoothing_keeps_the_mean_and_few_points():
+    points = [(n, float(n % 7)) for n in range(1000)]
+    means = figure_losses.smooth(points)
+    assert len(means) == 50 and figure_losses.smooth(points[:3]) == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert sum(y for _, y in means) / 50 == pytest.approx(sum(y for _, y in points) / 1000, rel=1e-12)
+
+
+def test_the_report_has_a_figure_of_every_run_and_draws_it_the_same_again(tmp_path):
+    made_run(tmp_path / "runs" / "gla", "gla-tiny", 2.0)
+    made_run(tmp_path / "runs" / "retnet", "retnet-tiny", 2.1)
+    page = report.build(tmp_path / "runs", tmp_path / "out")
+    assert "<h2>Training</h2>" in page.read_text() and 'alt="Loss against tokens"' in page.read_text()
+    report.build(tmp_path / "runs", tmp_path / "again")
+    for name in ("loss.svg", "loss.png"):
+        first, second = (tmp_path / out / "training" / name for out in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+
+
+def test_a_run_that_cannot_be_read_is_named(tmp_path):
+    made_run(tmp_path / "a", "gla-tiny", 2.0)
+    (tmp_path / "a" / "metrics.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(ResultsError, match=r"metrics.csv has other columns .*; take the folder away"):
+        report.build(tmp_path, tmp_path / "out")
