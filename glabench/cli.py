@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from glabench import options as opt
 from glabench.errors import DONE, RESULT_SAYS_NO, GlabenchError
 
 INTERRUPTED = 130
@@ -71,33 +72,6 @@ def options(
     pass
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Impl = Annotated[
-    str,
-    typer.Option(
-        help="Families (the best one that runs here), ids, or FILE.py:FUNCTION; separated by commas."
-    ),
-]
-FamilyOf = Annotated[str, typer.Option("--family", help="What a FILE.py:FUNCTION computes.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the rows; default results/SUITE/DEVICE.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Skip the cells that the last run finished.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the cells, their memory and the time; measure nothing.")
-]
-CellLimit = Annotated[float | None, typer.Option(help="Seconds a cell may take, compilation apart.")]
-ColdLimit = Annotated[float | None, typer.Option(help="Seconds compilation and autotuning may take a cell.")]
-Seqlen = Annotated[str, typer.Option(help="Lengths: 1k..16k (doubling), or 512,1k,3000.")]
-ShapeName = Annotated[
-    str, typer.Option("--shape", help="cpu, 340m, 1.3b or fig2, or several; default by device.")
-]
-Passes = Annotated[str, typer.Option(help="fwd, bwd, fwd_bwd; separated by commas.")]
-Tokens = Annotated[str, typer.Option(help="Tokens a call: the batch is this over the length.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Sequences a call, instead of --tokens.")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; default by device.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the inputs and of the visiting order.")]
-
-
 @app.command(
     "list",
     short_help="Every implementation, and why one cannot run here.",
@@ -105,8 +79,8 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the inputs and of the vi
 )
 def list_(
     family: Annotated[str, typer.Option(help="Only this family.")] = "",
-    device: Device = "auto",
-    json_: Json = False,
+    device: opt.Device = "auto",
+    json_: opt.Json = False,
 ) -> None:
     """Every implementation, what a family's name resolves to, and why one cannot run here."""
     from glabench.runners import listing
@@ -127,9 +101,9 @@ def verify(
         list[str] | None, typer.Argument(help="Families, ids or files; default: all that run here.")
     ] = None,
     impl: Annotated[str, typer.Option(help="The same, separated by commas.")] = "",
-    family: FamilyOf = "",
-    device: Device = "auto",
-    json_: Json = False,
+    family: opt.FamilyOf = "",
+    device: opt.Device = "auto",
+    json_: opt.Json = False,
 ) -> None:
     """Compare implementations with the float64 oracle; exit code 1 where one is off."""
     from glabench.runners import verifying
@@ -170,22 +144,22 @@ def _finish(request: Any, *, dry_run: bool, json_: bool) -> None:
 
 def measure_grid(
     ctx: typer.Context,
-    seqlen: Seqlen = "1k..16k",
-    impl: Impl = "gla,attention,mamba,retention",
-    family: FamilyOf = "",
-    shape: ShapeName = "",
-    passes: Passes = "fwd,fwd_bwd",
-    tokens: Tokens = "",
-    batch: Batch = None,
-    dtype: Dtype = "",
-    device: Device = "auto",
-    cell_limit: CellLimit = None,
-    cold_limit: ColdLimit = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    seed: Seed = 0,
-    json_: Json = False,
+    seqlen: opt.Seqlen = "1k..16k",
+    impl: opt.Impl = "gla,attention,mamba,retention",
+    family: opt.FamilyOf = "",
+    shape: opt.ShapeName = "",
+    passes: opt.Passes = "fwd,fwd_bwd",
+    tokens: opt.Tokens = "",
+    batch: opt.Batch = None,
+    dtype: opt.Dtype = "",
+    device: opt.Device = "auto",
+    cell_limit: opt.CellLimit = None,
+    cold_limit: opt.ColdLimit = None,
+    out: opt.Out = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    seed: opt.Seed = 0,
+    json_: opt.Json = False,
 ) -> None:
     from glabench.runners import measuring
 
@@ -232,15 +206,15 @@ app.command(
 def run(
     suite: Annotated[str, typer.Argument(help="A .toml file, or the name of a shipped suite.")],
     impl: Annotated[str, typer.Option(help="Instead of the suite's implementations.")] = "",
-    family: FamilyOf = "",
+    family: opt.FamilyOf = "",
     shape: Annotated[str, typer.Option(help="Only these of the suite's shapes.")] = "",
-    device: Device = "auto",
-    cell_limit: CellLimit = None,
-    cold_limit: ColdLimit = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    json_: Json = False,
+    device: opt.Device = "auto",
+    cell_limit: opt.CellLimit = None,
+    cold_limit: opt.ColdLimit = None,
+    out: opt.Out = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_: opt.Json = False,
 ) -> None:
     """Run a suite: the cells that a TOML file names, speed and memory."""
     from glabench.runners import measuring
@@ -263,7 +237,7 @@ def run(
     short_help="The shipped model configurations.",
     epilog="Example: glabench models --json",
 )
-def models(json_: Json = False) -> None:
+def models(json_: opt.Json = False) -> None:
     """The shipped model configurations: parameters, layers, width, bytes of state."""
     from glabench.runners import models as catalog
 
@@ -282,7 +256,7 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A local folder: config.json, safetensors.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
     layout: Annotated[str, typer.Option(help="fla (flash-linear-attention's) or glabench.")],
-    json_: Json = False,
+    json_: opt.Json = False,
 ) -> None:
     """Write a local checkpoint in flash-linear-attention's layout, or in this suite's."""
     from glabench.runners import models as catalog
@@ -305,7 +279,7 @@ def report(
         Path, typer.Argument(help="A folder of results; every suite and device below it.")
     ] = Path("results"),
     out: Annotated[Path, typer.Option(help="Where the figures and index.html go.")] = Path("reports"),
-    json_: Json = False,
+    json_: opt.Json = False,
 ) -> None:
     """Draw the figures of a folder of results, and one self-contained page of them."""
     from glabench import report as page
@@ -320,7 +294,7 @@ def report(
 @app.command(
     short_help="What this machine is, and what would spoil a timing.", epilog="Example: glabench doctor"
 )
-def doctor(device: Device = "auto", json_: Json = False) -> None:
+def doctor(device: opt.Device = "auto", json_: opt.Json = False) -> None:
     """Say what this machine is, what it reaches, and what would spoil a timing here."""
     from glabench.runners import doctor as checks
 
@@ -358,7 +332,7 @@ def prepare(
     ] = None,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a shard is full.")] = 1 << 26,
     field: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
-    json_: Json = False,
+    json_: opt.Json = False,
 ) -> None:
     """Turn a folder of text into token shards; run again, it goes on or finds them done."""
     from glabench.runners import data as preparing
@@ -394,8 +368,8 @@ def train(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences in one forward pass; default the configuration's.")
     ] = None,
-    device: Device = "auto",
-    json_: Json = False,
+    device: opt.Device = "auto",
+    json_: opt.Json = False,
 ) -> None:
     """Train a language model on prepared data; the same command with the same --out resumes."""
     from glabench.runners import train as training

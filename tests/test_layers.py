@@ -49,7 +49,6 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "progress": "cases results",
     "meter": "",
     "corpus": "errors installed meter results",
-    "models": "errors installed registry kernels",
     "training": "errors installed meter results corpus models",
     "measure": "nvml stats",
     "ceilings": "",
@@ -66,7 +65,8 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "report": "errors results figures figure_style figure_rows figure_losses",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training",
-    "cli": "errors runners report progress",
+    "options": "",
+    "cli": "errors options runners report progress",
     "__main__": "cli",
 }
 
