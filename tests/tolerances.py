@@ -2,9 +2,10 @@
 
 from glabench.oracle import TOLERANCES, WORST, compare
 
-__all__ = ("EXACT", "TOLERANCES", "TRAINING", "WORST", "assert_close", "difference")
+__all__ = ("EXACT", "TOLERANCES", "TRAINING", "TWO_FP32_FORMS", "WORST", "assert_close", "difference")
 
 EXACT = 1e-9  # two float64 forms of one function, relative RMS
+TWO_FP32_FORMS = 1e-5  # two float32 forms of one function, relative RMS
 TRAINING = 2e-6  # a loss of a dozen fp32 steps whose sums run in another order; measured 4e-7
 
 
