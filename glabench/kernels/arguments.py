@@ -1,4 +1,4 @@
-"""What the plain PyTorch forms share before they compute: argument checks, and packed sequences."""
+"""What the linear forms share before they compute: argument checks, and packed sequences."""
 
 import itertools
 from collections.abc import Callable
@@ -16,14 +16,25 @@ def check_linear(
 
     Raises: ShapeError naming the argument that does not fit.
     """
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
+    check_qkv(q, k, v)
     if g is not None and g.shape not in (q.shape, q.shape[:3]):
         raise ShapeError(f"g {_of(g)} does not fit q {_of(q)}")
     rows = check_rows(q.shape[0], q.shape[1], cu_seqlens)
     wanted = (rows, q.shape[2], q.shape[3], v.shape[3])
     if state is not None and state.shape != wanted:
         raise ShapeError(f"initial_state {_of(state)} is not {list(wanted)}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ShapeError where the three do not belong together."""
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
+
+
+def check_bounds(bounds: list[int], length: int) -> None:
+    """Raises ShapeError where cu_seqlens, read, does not cover one packed row."""
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+        raise ShapeError(f"cu_seqlens {bounds} does not rise from 0 to {length}")
 
 
 def check_rows(batch: int, length: int, cu_seqlens: Tensor | None) -> int:
@@ -33,8 +44,7 @@ def check_rows(batch: int, length: int, cu_seqlens: Tensor | None) -> int:
     if batch != 1:
         raise ShapeError(f"packed sequences need a batch of 1, not {batch}")
     bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-        raise ShapeError(f"cu_seqlens {bounds} does not rise from 0 to {length}")
+    check_bounds(bounds, length)
     return len(bounds) - 1
 
 

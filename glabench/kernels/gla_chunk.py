@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
+from glabench.kernels.arguments import check_qkv
 from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, Kept
 
 FORMS = ("auto", "materialised", "recompute")
@@ -138,8 +139,7 @@ def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
 
 
 def _check_inputs(q, k, v) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ShapeError(f"q {_of(q)}, k {_of(k)} and v {_of(v)} do not fit [B, T, H, K], same, [B, T, H, V]")
+    check_qkv(q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
     for name, x in (("d_k", q), ("d_v", v)):

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from glabench.errors import ShapeError
 from glabench.kernels import gla_tiles
-from glabench.kernels.gla_configs import CHUNK, plan_for
+from glabench.kernels.arguments import check_bounds
+from glabench.kernels.gla_configs import CHUNK, Launch, plan_for
 from glabench.kernels.gla_fused import fused_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
@@ -171,8 +171,7 @@ def _packed_chunks(cu_seqlens: Tensor, T: int) -> Chunks:
         if tensor is cu_seqlens and version == cu_seqlens._version and length == T:
             return chunks
     bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
-        raise ShapeError(f"cu_seqlens {bounds} does not rise from 0 to {T}")
+    check_bounds(bounds, T)
     table, offsets = [], [0]
     for low, high in itertools.pairwise(bounds):
         table += [(start, min(CHUNK, high - start)) for start in range(low, high, CHUNK)]
@@ -285,13 +284,7 @@ def state_pass(
     else:
         bounds, offsets, rows, G = segments.table, segments.offsets, segments.rows, segments.each
     constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "C": CHUNK,
-        "BK": plan.BK,
-        "BV": tile.BV,
-        "GATE": gate,
+        **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": bounds is not None,
         "HAS_FIRST": first is not None,
@@ -307,17 +300,11 @@ def state_pass(
 
 def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
     """Launch fused_kernel: fills `o` and, where given, `last`."""
-    T, H, K, V = *k.shape[1:], v.shape[3]
+    (T, H), V = k.shape[1:3], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.state
     constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "C": CHUNK,
-        "BK": plan.BK,
-        "BV": tile.BV,
-        "GATE": gate,
+        **_sizes(k, v, gate, tile),
         "PACKED": cu_seqlens is not None,
         "HAS_FIRST": first is not None,
         "HAS_LAST": last is not None,
@@ -330,17 +317,11 @@ def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) ->
 
 def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
     """Launch output_kernel: fills `o`."""
-    T, H, K, V = *k.shape[1:], v.shape[3]
+    (T, H), V = k.shape[1:3], v.shape[3]
     plan = _plan(k, v, gate)
     tile = plan.output
     constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "C": CHUNK,
-        "BK": plan.BK,
-        "BV": tile.BV,
-        "GATE": gate,
+        **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": chunks.table is not None,
         "PRECISION": precision(k.dtype),
@@ -354,17 +335,11 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> 
 
 def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
     """Launch gradient_kernel: fills `dq`, `dk` and `dg`."""
-    B, T, H, K, V = *k.shape, v.shape[3]
+    B, T, H, K = k.shape
     plan = _plan(k, v, gate)
     tile = plan.gradient
     constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "C": CHUNK,
-        "BK": plan.BK,
-        "BV": tile.BV,
-        "GATE": gate,
+        **_sizes(k, v, gate, tile),
         "PACKED": chunks.table is not None,
         "PRECISION": precision(k.dtype),
     }
@@ -372,6 +347,12 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
     pairs = H * chunks.total
     numbers = (scale, T, chunks.each, B * T, pairs)
     _launch_both(gradient_kernel, -(-K // plan.BK), pairs, tensors, numbers, constants, tile)
+
+
+def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
+    """The constants that every kernel begins with, in its order."""
+    H, K, V, BK = k.shape[2], k.shape[3], v.shape[3], _plan(k, v, gate).BK
+    return {"H": H, "K": K, "V": V, "C": CHUNK, "BK": BK, "BV": tile.BV, "GATE": gate}
 
 
 def _launch_both(kernel, blocks, pairs, tensors, numbers, constants, tile) -> None:

@@ -5,14 +5,11 @@ again on fresh inputs, measure memory, write the rows. A fault costs its own cel
 """
 
 import fcntl
-import os
 import random
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from glabench import cost, env, stats
@@ -21,7 +18,7 @@ from glabench.errors import UnavailableError
 from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
 from glabench.results import RESUME_KEY, ROWS, Row, RowFile, append_json, rows_path
-from glabench.runners import rows
+from glabench.runners import rows, turns
 from glabench.runners.request import Arm, Request, Watch, known_failure, most_to_compile, series
 
 CELLS = "glabench.runners.cells"
@@ -344,9 +341,7 @@ def _spare_memory() -> int:
 @contextmanager
 def _device_lock(device: str, watch: Watch) -> Iterator[None]:
     """Two runs on one device queue up instead of spoiling each other."""
-    name = "cuda-0" if device == "cuda" else device.replace(":", "-")
-    path = Path(tempfile.gettempdir()) / f"glabench-{os.getuid()}-{name}.lock"
-    with path.open("a") as file:
+    with turns.lock_path("sweep", device).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

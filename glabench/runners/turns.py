@@ -45,13 +45,17 @@ class Turn:
         return True
 
 
+def lock_path(use: str, device: str) -> Path:
+    """The file that this user's processes lock `device` with; "cuda" is "cuda:0"."""
+    name = "cuda-0" if device == "cuda" else device.replace(":", "-")
+    return Path(tempfile.gettempdir()) / f"glabench-{use}-{os.getuid()}-{name}.lock"
+
+
 @contextlib.contextmanager
 def turn(device: str) -> Iterator[Turn]:
     """Hold `device`; on a CPU workers are called one at a time, and nothing is locked."""
     is_cuda = device.startswith("cuda")
-    index = "cuda-0" if device == "cuda" else device.replace(":", "-")
-    name = f"glabench-turn-{os.getuid()}-{index}.lock"
-    path = Path(tempfile.gettempdir()) / name if is_cuda else Path(os.devnull)
+    path = lock_path("turn", device) if is_cuda else Path(os.devnull)
     with path.open("ab") as file:
         mine = Turn(file)
         if is_cuda:
