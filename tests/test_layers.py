@@ -65,8 +65,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "report": "errors results figures figure_style figure_rows figure_losses",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training",
-    "options": "",
-    "cli": "errors options runners report progress",
+    "cli": "errors runners report progress",
     "__main__": "cli",
 }
 

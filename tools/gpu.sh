@@ -46,7 +46,7 @@ for name in "$@"; do
         verify) step verify "$TOTAL" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
-        layers | fig2) suite "$name" cuda ;;
+        layers | fig2) suite "$name" "${DEVICE:-cuda}" ;;
         all)
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
                 (suite fig2 cuda:1; suite layers cuda:1 --shape fig2) & side=$!
