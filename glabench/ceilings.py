@@ -20,6 +20,8 @@ def measure(device: str, seconds: float) -> dict[str, Any]:
     Medians at today's clocks and TF32 flag, on random normal data: constants draw less power.
     """
     is_cuda = device.startswith("cuda")
+    if is_cuda:  # events are of the current device's stream, whatever device the tensors are on
+        torch.cuda.set_device(torch.device(device) if ":" in device else 0)
     reached: dict[str, Any] = {"copy_gb_s": _copy_gb_s(device, seconds), "matmul_tflop_s": {}}
     side = PRODUCT["cuda" if is_cuda else "cpu"]
     for name in ("fp32", "bf16", "fp16") if is_cuda else ("fp32",):  # a CPU's half products are emulated
