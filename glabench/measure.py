@@ -254,7 +254,7 @@ class _CudaTimer:
         return statistics.median(hosts[-5:])
 
     def _escapes_the_stream(self, call: Call) -> bool:
-        """Whether work runs on a stream that the events do not see: the device is busy long after the last."""
+        """Whether work runs on a stream that events do not see: the device is busy after the last one."""
         walls, extras = [], []
         for _ in range(5):
             torch.cuda.synchronize()

@@ -240,8 +240,8 @@ def _zero_state(exact: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
 def _floors(family: str, exact: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, float]:
     """RMS of the terms whose difference a gate's gradient is: q dq for g, dt x dx for A."""
     if "g" in gradients:
-        terms = exact["q"] * gradients["q"]
-        return {"g": rms(terms.sum(-1) if family == "simple_gla" else terms)}
+        terms = exact["q"] * gradients["q"]  # of a head, independent signs: one token's sum may be near 0
+        return {"g": rms(terms.norm(dim=-1) if family == "simple_gla" else terms)}
     if "A" in gradients:
         terms = exact["x"] * gradients["x"]
         terms = exact["dt"] * (terms.sum(-1) if family == "mamba2" else terms)

@@ -42,12 +42,28 @@ SETS = {
     "float16 gates": [_point(f, 130, regime="mixed", gate_dtype="fp16") for f in GATED],
     "segments": [_point(f, 290, regime=r, segment=1, heads=1) for f in GATED for r in ("trained", "mixed")]
     + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
-    "fused": [
-        _point(f, T, 48, 32, form="recompute", regime=r, states=T != 65)
-        for f in FAMILIES
-        for T, r in ((1, "trained"), (65, "trained"), (130, "mixed"), (130, "extreme"))
+    "carried": [
+        _point(f, T, 48, 32, form=form, regime=r, states=T != 65, carried=True)
+        for f in ("gla", "linear_attention")
+        for T, r, form in (
+            (1, "trained", "materialised"),
+            (65, "trained", "recompute"),
+            (130, "mixed", "materialised"),
+            (130, "mixed", "recompute"),
+            (130, "extreme", "recompute"),
+        )
     ]
-    + [_point(f, 200, bounds=PACKED, regime="mixed", form="recompute") for f in FAMILIES],
+    + [
+        _point("gla", 200, bounds=PACKED, regime="mixed", form=form, carried=True)
+        for form in ("materialised", "recompute")
+    ],
+    "carried in segments": [
+        _point(f, T, segment=1, regime=r, heads=1, carried=True, states=T != 300)
+        for f, T, r in (("gla", 290, "trained"), ("gla", 290, "mixed"), ("linear_attention", 300, "trained"))
+    ],
+    "carried in two blocks of keys": [
+        _point("gla", 130, 64, 16, heads=1, regime=r, carried=True) for r in ("trained", "mixed")
+    ],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }
 

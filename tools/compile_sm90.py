@@ -19,16 +19,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glabench.kernels import gla_configs, gla_launch
-from glabench.kernels.gla_fused import fused_kernel
+from glabench.kernels.gla_carry import carry_kernel
+from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
+from glabench.kernels.gla_scale import scale_kernel
 from glabench.kernels.gla_state import state_kernel
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KERNELS = {"fused": fused_kernel, "state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
+KERNELS = {
+    "scale": scale_kernel,
+    "carry": carry_kernel,
+    "state": state_kernel,
+    "output": output_kernel,
+    "gradient": gradient_kernel,
+    "exact": exact_kernel,
+}
+REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
+
+
+def exists(name, gate, K, BK, reverse, hard):
+    """Whether a call may launch this."""
+    if (hard and (gate != "channel" or name not in HARDENED)) or (reverse and name not in REVERSIBLE):
+        return False
+    if name in ("carry", "exact") and BK * 2 < K:
+        return False
+    return gate == "channel" or (name not in ("scale", "exact") and (name != "carry" or gate == "none"))
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
@@ -40,19 +59,21 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
         "g": x if gate != GATES["fixed"] else "*fp32",
         "dg_out": x if gate == GATES["channel"] else "*fp32",
         **dict.fromkeys(("total", "reach", "first", "last"), "*fp32"),
-        **dict.fromkeys(("h", "dh"), state),
+        **dict.fromkeys(("h", "dh", "q_out", "k_out"), state),
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
         "scale": "fp32",
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
     }
     constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
-    constants |= {"SEGMENTS": 1, "KEEP": True}
+    constants |= {"SEGMENTS": 1, "KEEP": True, "GATED": gate == GATES["channel"]}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)
+    if name == "carry" and gate == GATES["none"]:
+        absent += ["total", "reach"]
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
@@ -102,11 +123,9 @@ def main():
             plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
             kinds = [(n, r, h) for n in args.kernels for r in (False, True) for h in (False, True)]
             for name, reverse, hard in kinds:
-                if hard and (gate != "channel" or name in ("state", "fused")):
+                if not exists(name, gate, K, plan.BK, reverse, hard):
                     continue
-                if (reverse and name in ("gradient", "fused")) or (name == "fused" and plan.BK * 2 < K):
-                    continue
-                launch = plan.state if name == "fused" else getattr(plan, name)
+                launch = getattr(plan, name)
                 made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan.BK)
                 label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
                 report(label, made, launch)

@@ -201,71 +201,91 @@ def profiled(family, shape, T):
 
 
 VARIANTS = {  # BV, warps, stages, registers
-    "state": [(64, 4, n, *r) for n in (1, 2, 3, 4) for r in ((), (168,))] + [(128, 4, 2), (128, 8, 3)],
-    "output": [
-        (64, 4, 3),
-        (64, 4, 2),
-        (64, 4, 1),
-        (64, 4, 3, 168),
-        (64, 4, 2, 168),
-        (64, 4, 1, 168),
-        (64, 4, 2, 128),
-        (64, 4, 1, 128),
-        (128, 4, 2),
-        (128, 8, 2),
-        (128, 8, 3),
-        (128, 8, 3, 128),
-    ],
-    "gradient": [
-        (64, 4, 3),
-        (64, 4, 2),
-        (64, 4, 1),
-        (64, 4, 2, 168),
-        (64, 4, 1, 168),
-        (32, 4, 2),
-        (32, 4, 3),
-    ],
+    "scale": [(64, 4, 1), (64, 8, 1)],
+    "carry": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 2)],
+    "state": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)],
+    "output": [(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3)],
+    "gradient": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)],
 }
+USES = (
+    "scale",
+    "carry",
+    "carry back",
+    "carry alone",
+    "state",
+    "state back",
+    "output",
+    "output back",
+    "gradient",
+)
+
+
+def launches(family, shape, T, tokens):
+    """Each kernel of a call on its own: use -> a function that launches it under the plan in force."""
+    H, K, V = SHAPES[shape]
+    q, k, v, *g = call(family, T, tokens // T, H, K, V, "bf16", "trained")[0].values()
+    gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
+    g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
+    chunks = launch.chunks_of(q.shape[0], T, None)
+    how = {"scale": K**-0.5, "gate": gate}
+    o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, keep=True, **how)
+    do, dh = torch.randn_like(o), torch.empty_like(kept.states)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dg = torch.empty(8, *g.shape, device="cuda", dtype=torch.float32) if gate == 2 else torch.empty_like(q)
+    ends, h, xs, ys = (None, None, None, chunks), kept.states, kept.q, kept.k
+    on, back = how | {"reverse": False}, how | {"reverse": True}
+    uses = {
+        "state": lambda: launch.run_state(ys, v, g, kept, h, *ends, **on),
+        "state back": lambda: launch.run_state(xs, do, g, kept, dh, *ends, **back),
+        "output": lambda: launch.run_output(xs, ys, v, g, kept, h, o, chunks, **on),
+        "output back": lambda: launch.run_output(ys, xs, do, g, kept, dh, o, chunks, **back),
+        "gradient": lambda: launch.run_gradient(xs, ys, v, g, do, kept, dh, dq, dk, dg, chunks, **how),
+    }
+    if gate == 3:
+        uses["scale"] = lambda: launch.scaled(q, k, v, g, chunks, **how)
+    if gate in (0, 3) and key_blocks(K) <= 2:
+        uses["carry"] = lambda: launch.run_carry(xs, ys, v, kept, h, o, *ends, **on)
+        uses["carry back"] = lambda: launch.run_carry(ys, xs, do, kept, dh, o, *ends, **back)
+        uses["carry alone"] = lambda: launch.run_carry(xs, ys, v, kept, None, o, *ends, **on)
+    return uses, (K, V, gate)
+
+
+def key_blocks(K):
+    return -(-K // 64)
+
+
+def trials(shape):
+    """(use, variant) of every launch to try at a shape."""
+    V, wanted = SHAPES[shape][2], os.environ.get("TRY_USES", "")
+    uses = wanted.split(",") if wanted else USES
+    return [(u, x) for u in uses for x in VARIANTS[u.split()[0]] if x[0] <= V]
+
+
+def under(use, variant, sizes):
+    """Put one kernel's launch in force for a shape."""
+    plan = gla_configs.rule(*sizes[:2], wide=False)
+    use_plan(*sizes, dataclasses.replace(plan, **{use.split()[0]: gla_configs.Launch(*variant)}))
 
 
 def sweep(family, shape, T, reps):
     """Microseconds of each kernel under each launch of VARIANTS, each on its own."""
-    H, K, V = SHAPES[shape]
-    q, k, v, *g = call(family, T, TOKENS // T, H, K, V, "bf16", "trained")[0].values()
-    gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
-    g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
-    plan = gla_configs.plan_for(K, V, gate, False)
-    chunks = launch.chunks_of(q.shape[0], T, None)
-    how = {"scale": K**-0.5, "gate": gate}
-    o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, **how)
-    do, dh = torch.randn_like(o), torch.empty_like(kept.states)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dg = torch.empty(8, *g.shape, device="cuda", dtype=torch.float32) if gate == 2 else torch.empty_like(q)
-    ends = (None, None, None, chunks)
-    uses = {
-        "state": lambda: launch.run_state(k, v, g, kept, kept.states, *ends, **how, reverse=False),
-        "state back": lambda: launch.run_state(q, do, g, kept, dh, *ends, **how, reverse=True),
-        "output": lambda: launch.run_output(q, k, v, g, kept, kept.states, o, chunks, **how, reverse=False),
-        "output back": lambda: launch.run_output(k, q, do, g, kept, dh, o, chunks, **how, reverse=True),
-        "gradient": lambda: launch.run_gradient(q, k, v, g, do, kept, dh, dq, dk, dg, chunks, **how),
-    }
+    uses, sizes = launches(family, shape, T, TOKENS)
     found = {}
-    for use, run in uses.items():
-        kernel = use.split()[0]
-        for variant in VARIANTS[kernel]:
-            if variant[0] > V:
-                continue
-            tile = gla_configs.Launch(*variant)
-            use_plan(K, V, gate, dataclasses.replace(plan, **{kernel: tile}))
-            try:
-                if not reps:
-                    run()
-                else:
-                    found[f"{use} {variant}"] = round(1e3 * median_ms(run, reps), 1)
-            except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
-                found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
-        use_plan(K, V, gate, plan)
-    return {"status": "ok", "us": found}
+    for use, variant in trials(shape):
+        if use not in uses:
+            continue
+        under(use, variant, sizes)
+        try:
+            found[f"{use} {variant}"] = round(1e3 * median_ms(uses[use], reps), 1)
+        except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
+            found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
+    use_plan(*sizes, gla_configs.rule(*sizes[:2], wide=False))
+    best = {}
+    for key, us in found.items():
+        use = key.split(" (")[0]
+        if not isinstance(us, str) and us < best.get(use, ("", 1e9))[1]:
+            best[use] = (key, us)
+    return {"status": "ok", "us": found, "best": best}
 
 
 def use_plan(K, V, gate, plan):
@@ -275,12 +295,31 @@ def use_plan(K, V, gate, plan):
 
 
 def compile_variants(shapes, families):
-    """Fill Triton's cache in processes of their own, all at once."""
-    command = [sys.executable, __file__, "--parts", "compile", "--limit", "300"]
-    pairs = [(s, f) for s in shapes for f in families]
-    children = [subprocess.Popen([*command, "--shapes", s, "--families", f]) for s, f in pairs]
+    """Fill Triton's cache in processes of their own, as many as there are cores."""
+    workers = max(1, len(os.sched_getaffinity(0)) - 6)
+    command = [sys.executable, __file__, "--parts", "compile", "--limit", "300", "--shapes", *shapes]
+    command += ["--families", *families]
+    children = [subprocess.Popen([*command, "--share", str(i), str(workers)]) for i in range(workers)]
     for child in children:
         child.wait()
+
+
+def compile_share(shapes, families, share):
+    """Launch this process's share of the variants once."""
+    index, of = share
+    tasks = [(s, f, *t) for s in shapes for f in families for t in trials(s)]
+    made = {}
+    for shape, family, use, variant in tasks[index::of]:
+        if (shape, family) not in made:
+            made[shape, family] = launches(family, shape, 1024, 1024)
+        uses, sizes = made[shape, family]
+        if use in uses:
+            under(use, variant, sizes)
+            try:
+                uses[use]()
+                torch.cuda.synchronize()
+            except Exception:  # noqa: BLE001  the sweep meets it again, and says so
+                pass
 
 
 def ptxas():
@@ -299,16 +338,24 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["check", "time", "profile", "host"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--families", nargs="+", default=list(FUNCTIONS))
+    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help="part i of n, of checks")
     args = parser.parse_args()
     begin = time.monotonic()
+    if args.parts == ["compile"]:
+        compile_share(args.shapes, args.families, args.share)
+        return
     emit(part="environment", torch=torch.__version__, gpu=torch.cuda.get_device_name(), ptxas=ptxas())
     # checks may take half of the time, so that there is always something timed
     half = begin + (0.5 if len(args.parts) > 1 else 1) * args.limit
     if "check" in args.parts:
-        for point in POINTS:
-            for family in args.families:
-                if point[6] == "trained" or family in ("gla", "simple_gla"):
-                    guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
+        wanted = [
+            (family, point)
+            for point in POINTS
+            for family in args.families
+            if point[6] == "trained" or family in ("gla", "simple_gla")
+        ]
+        for family, point in wanted[args.share[0] :: args.share[1]]:
+            guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
     for part in args.parts:
         if part != "check":
             measure(part, args.shapes, args.families, begin + args.limit)
@@ -318,9 +365,8 @@ def measure(part, shapes, families, deadline):
     """One part other than the checks, for each length, shape and family."""
     if part == "sweep":
         compile_variants(shapes, families)
-    runs = {"time": timed, "profile": profiled, "host": host}
-    runs |= {"sweep": functools.partial(sweep, reps=10), "compile": functools.partial(sweep, reps=0)}
-    lengths = {"time": (1024, 4096, 16384), "host": (1024,)}
+    runs = {"time": timed, "profile": profiled, "host": host, "sweep": functools.partial(sweep, reps=10)}
+    lengths = {"time": (1024, 2048, 4096, 8192, 16384), "host": (1024,), "sweep": (1024, 4096)}
     for T in lengths.get(part, (4096,)):
         for shape in shapes:
             for family in families:

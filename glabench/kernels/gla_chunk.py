@@ -168,8 +168,7 @@ class ChunkFunction(torch.autograd.Function):
         keep = form == "materialised" or (form == "auto" and any(ctx.needs_input_grad))
         options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
         o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-        states, totals, reach = kept or (None,) * 3
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, states, totals, reach)
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *(kept or (None,) * 5))
         ctx.scale, ctx.gate = scale, gate
         ctx.set_materialize_grads(False)
         return o, final
@@ -177,8 +176,8 @@ class ChunkFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_final):
-        q, k, v, g, initial_state, cu_seqlens, states, totals, reach = ctx.saved_tensors
-        kept = None if states is None else Kept(states, totals, reach)
+        q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+        kept = None if kept[0] is None else Kept(*kept)
         wants = initial_state is not None and ctx.needs_input_grad[4]
         found = _backward(
             do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, ctx.scale, ctx.gate, wants
@@ -202,8 +201,7 @@ def _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, g
     do = torch.zeros_like(v) if do is None else _packed(do)
     d_final = _packed(d_final)
     if kept is None:
-        chunks = gla_launch.chunks_of(*q.shape[:2], cu_seqlens)
-        kept = gla_launch.states_before(k, v, g, initial_state, None, cu_seqlens, chunks, gate=gate)
+        kept = gla_launch.states_before(q, k, v, g, initial_state, cu_seqlens, scale=scale, gate=gate)
     return gla_launch.backward(
         do,
         d_final,
@@ -234,12 +232,15 @@ def chunk_op(
     gate: int,
     output_final_state: bool,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final state, and what the backward pass needs: states, totals and reach."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state, and what the backward pass needs: Kept, its q and k only where they are scaled."""
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
     options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": not recompute}
     o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-    return o, *(_or_nothing(q, x) for x in (final, *(kept or (None,) * 3)))
+    made = kept or (None,) * 5
+    if gate != CHANNEL:
+        made = (*made[:3], None, None)
+    return o, *(_or_nothing(q, x) for x in (final, *made))
 
 
 def _or_nothing(q: Tensor, x: Tensor | None) -> Tensor:
@@ -261,6 +262,12 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
         else q.new_empty(chunks, H, V, K, dtype=gla_launch.state_dtype(q.dtype)),
         q.new_empty((chunks, H, K) if has_totals else 0, dtype=wide),
         q.new_empty((chunks, H, gla_launch.key_blocks(q, v, gate)) if has_totals else 0, dtype=wide),
+        *(
+            torch.empty_like(x, dtype=gla_launch.state_dtype(q.dtype), memory_format=torch.contiguous_format)
+            if has_totals
+            else q.new_empty(0, dtype=wide)
+            for x in (q, k)
+        ),
     )
 
 
@@ -283,20 +290,23 @@ def chunk_backward_op(
     states: Tensor,
     totals: Tensor,
     reach: Tensor,
+    scaled_q: Tensor,
+    scaled_k: Tensor,
     scale: float,
     gate: int,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and the initial state."""
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
-    kept = None if recompute else Kept(states, totals, reach)
+    scaled = (scaled_q, scaled_k) if gate == CHANNEL else (q, k)
+    kept = None if recompute else Kept(states, totals, reach, *scaled)
     wants = initial_state is not None
     found = _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants)
     return tuple(_or_nothing(q, x) for x in found)
 
 
 @chunk_backward_op.register_fake
-def _(do, d_final, q, k, v, g, initial_state, cu_seqlens, states, totals, reach, scale, gate, recompute):
+def _(do, d_final, q, k, v, g, initial_state, cu_seqlens, *_):
     made = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, g, initial_state)

@@ -29,6 +29,9 @@ class Plan:
     state: Launch
     output: Launch
     gradient: Launch
+    carry: Launch
+    scale: Launch
+    exact: Launch
 
 
 # (d_k, d_v, gate kind) of 16-bit inputs -> a plan better than the rule's; empty until one is measured
@@ -40,11 +43,16 @@ def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
     """Tiles for key and value widths; `wide` is float32 arithmetic, whose tiles take twice the room."""
     if not wide and (K, V, gate) in MEASURED:
         return MEASURED[K, V, gate]
+    return rule(K, V, wide=wide)
+
+
+def rule(K: int, V: int, *, wide: bool) -> Plan:
+    """Tiles for widths that nothing was measured for."""
     most = 32 if wide else 64
     BK, BV = min(most, _power2(K)), min(most, _power2(V))
     stages = 1 if wide else 3
     usual = Launch(BV, 4, stages)
-    return Plan(BK, usual, usual, usual)
+    return Plan(BK, usual, usual, usual, usual, usual, usual)
 
 
 def _power2(width: int) -> int:

@@ -20,6 +20,7 @@ from glabench.kernels.gla_tiles import (
     head_before,
     head_between,
     head_gates,
+    kept_share,
     level_decays,
     level_pairs,
     load_channels,
@@ -105,7 +106,7 @@ def gradient_tile(
     dA = tl.zeros([C, C], tl.float32)
     dq = tl.zeros([C, BK], tl.float32)
     dk = tl.zeros([C, BK], tl.float32)
-    crossed = tl.zeros([BV, BK], tl.float32)  # summed over rows after the loop: no reduction inside it
+    crossed = tl.zeros([BK, BK], tl.float32)  # only its diagonal is wanted: a product costs no registers
     for vc in range(0, V, BV):
         value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
         grad = load_tile(do, rows, count, H * V, vc, V, BV).to(TYPE)
@@ -115,29 +116,30 @@ def gradient_tile(
         dq = tl.dot(grad, state, dq, input_precision=PRECISION)
         dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
         if GATE >= HEAD:
-            crossed += state.to(tl.float32) * dstate.to(tl.float32)
+            crossed = tl.dot(tl.trans(state), dstate, crossed, input_precision=PRECISION)
     x = load_tile(q + token * K, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k + token * K, rows, count, H * K, col, K, BK).to(TYPE)
-    carried = tl.sum(crossed, 0)
-    dA = tl.where(rows[:, None] >= rows[None, :], dA * scale, 0.0)
-    dq *= scale
+    ks = tl.arange(0, BK)
+    carried = tl.sum(tl.where(ks[:, None] == ks[None, :], crossed, 0.0), 0)
+    dA = tl.where(rows[:, None] >= rows[None, :], dA, 0.0)
+    if GATE != CHANNEL or HARD:  # else the scale is in q
+        dA *= scale
+        dq *= scale
     if GATE == CHANNEL:
         gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
         if not HARD:
             decay = centred(gates, C, PRECISION)
-            up, down = power2(decay), power2(-decay)
-            xs, ys = (x * up).to(x.dtype), (y * down).to(x.dtype)
-            carried += tl.sum(ys * dk, 0)
+            carried += tl.sum(y * dk, 0)
             part = dA.to(x.dtype)
-            dk = tl.dot(tl.trans(part), xs, dk, input_precision=PRECISION)
-            store_tile(dk_out + token * K, dk * down, rows, count, H * K, col, K, BK)
-            terms = ys * dk
-            dq = tl.dot(part, ys, dq, input_precision=PRECISION)
-            store_tile(dq_out + token * K, dq * up, rows, count, H * K, col, K, BK)
-            terms = xs * dq - terms
+            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+            store_tile(dk_out + token * K, dk * power2(-decay), rows, count, H * K, col, K, BK)
+            terms = y * dk
+            dq = tl.dot(part, y, dq, input_precision=PRECISION)
+            store_tile(dq_out + token * K, dq * (power2(decay) * scale), rows, count, H * K, col, K, BK)
+            terms = x * dq - terms
         else:
             sums = load_channels(total + at * K, col, K, BK)
-            r = tl.maximum(sums * 0.5, -LIMIT)
+            r = kept_share(sums)
             carried *= power2(sums - 2 * r)
             up = power2(before(gates, C, PRECISION) - r[None, :])
             down = power2(after(gates, C, PRECISION) - r[None, :])
@@ -215,7 +217,8 @@ def gradient_kernel(
             dg_t = sum_{i >= t} (q dq - k dk)_i, k dk without its state part for j >= t, + rowsum(S' dS).
     Grid:   K / BK, H, chunks, the first fastest: programs that share v and do run together. HARD: any number
             of programs, which look for hard tiles among the `pairs` of chunk and head.
-    HBM:    reads v, do K / BK times, q, k, g and both states once; writes dq, dk, dg once.
+    HBM:    reads v, do K / BK times, q, k, g and both states once; writes dq, dk, dg once. With gates a
+            channel q and k come scaled, but for HARD.
     Stable: q dq and k dk come from the rounded operands of the products, so that pairs cancel exactly.
     Source: GLA §4.4 and appendix; eq. 4 for the scores.
     """

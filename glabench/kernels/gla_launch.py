@@ -11,28 +11,33 @@ from torch import Tensor
 
 from glabench.kernels import gla_tiles
 from glabench.kernels.arguments import check_bounds
+from glabench.kernels.gla_carry import carry_kernel
 from glabench.kernels.gla_configs import CHUNK, Launch, plan_for
-from glabench.kernels.gla_fused import fused_kernel
+from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
+from glabench.kernels.gla_scale import scale_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
-FUSED_PROGRAMS = 1  # a multiprocessor, at least
+CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
 SEGMENT = 64  # chunks: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
 class Kept(NamedTuple):
-    """What the backward pass takes from the forward: chunk states [chunks, H, V, K] and gate totals.
+    """What the backward pass takes from the forward.
 
-    `totals` [chunks, H, K] and `reach` [chunks, H, K blocks], their least, are for gates per channel.
+    Chunk states [chunks, H, V, K]; for gates a channel also the chunks' log decays `totals` [chunks, H, K],
+    their least in each tile, `reach` [chunks, H, K blocks], and q and k [B, T, H, K] times their decays.
     """
 
-    states: Tensor
+    states: Tensor | None
     totals: Tensor | None
     reach: Tensor | None
+    q: Tensor
+    k: Tensor
 
 
 class Chunks(NamedTuple):
@@ -64,46 +69,82 @@ def forward(
     chunks = chunks_of(B, T, cu_seqlens)
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
     o = torch.empty_like(v)
-    if not keep and fuses(q, v, gate, chunks):
-        run_fused(q, k, v, g, o, initial_state, final, cu_seqlens, chunks, scale=scale, gate=gate)
-        return o, final, None
-    kept = states_before(k, v, g, initial_state, final, cu_seqlens, chunks, gate=gate)
-    if chunks.total:
-        run_output(q, k, v, g, kept, kept.states, o, chunks, scale=scale, gate=gate, reverse=False)
+    kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)
+    carried = carries(q, v, gate, chunks)
+    if keep or not carried:
+        kept = kept._replace(states=_empty_states(k, v, chunks))
+    ends = (initial_state, final, cu_seqlens, chunks)
+    inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
+    how = {"scale": inner, "gate": gate, "reverse": False}
+    if carried:
+        run_carry(kept.q, kept.k, v, kept, kept.states, o, *ends, **how)
+    else:
+        run_state(kept.k, v, g, kept, kept.states, *ends, **(how | {"scale": 1.0}))
+        run_output(kept.q, kept.k, v, g, kept, kept.states, o, chunks, **how)
+    if gate == CHANNEL:
+        if kept.states is None:
+            run_exact(q, k, v, g, kept, o, initial_state, cu_seqlens, chunks, scale=scale)
+        else:
+            run_output(q, k, v, g, kept, kept.states, o, chunks, **(how | {"scale": scale}), hard=True)
     return o, final, kept if keep else None
 
 
-def fuses(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
-    """Whether one sequential kernel is to make the output: its states fit, its programs fill the device."""
-    plan = _plan(q, v, gate)
-    programs = -(-v.shape[3] // plan.state.BV) * v.shape[2] * chunks.rows
-    return key_blocks(q, v, gate) <= 2 and programs >= FUSED_PROGRAMS * _multiprocessors(q.device)
+def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
+    """Whether one kernel carries the state and makes the output: it fits, and fills the device."""
+    if gate not in (NONE, CHANNEL) or key_blocks(q, v, gate) > 2:
+        return False
+    programs = carry_programs(q, v, gate, chunks)
+    programs *= segments_of(programs, chunks, q.device)
+    return programs >= CARRY_PROGRAMS * _multiprocessors(q.device)
+
+
+def carry_programs(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> int:
+    """Programs of carry_kernel where rows are whole."""
+    return -(-v.shape[3] // _plan(q, v, gate).carry.BV) * v.shape[2] * chunks.rows
+
+
+def scaled(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks, *, scale: float, gate: int
+) -> Kept:
+    """q and k times their decays, and the chunks' totals, for gates a channel; as they are, for others."""
+    if gate != CHANNEL:
+        return Kept(None, None, None, q, k)
+    T, H, K = q.shape[1:]
+    blocks, dtype = key_blocks(q, v, gate), state_dtype(q.dtype)
+    totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
+    reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
+    kept = Kept(None, totals, reach, torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype))
+    if chunks.total:
+        plan = _plan(q, v, gate)
+        constants = {"H": H, "K": K, "C": CHUNK, "BK": plan.BK, "PACKED": chunks.table is not None}
+        constants["PRECISION"] = precision(q.dtype)
+        tensors = (q, k, g, totals, reach, kept.q, kept.k, chunks.table)
+        _launch(
+            scale_kernel, blocks * H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale
+        )
+    return kept
+
+
+def _empty_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
+    return k.new_empty(chunks.total, k.shape[2], v.shape[3], k.shape[3], dtype=state_dtype(k.dtype))
 
 
 def states_before(
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     initial_state: Tensor | None,
-    final: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunks: Chunks,
     *,
+    scale: float,
     gate: int,
 ) -> Kept:
-    """The state before each chunk; `final` is filled where given."""
-    H, K, V = k.shape[2], k.shape[3], v.shape[3]
-    states = k.new_empty(chunks.total, H, V, K, dtype=state_dtype(k.dtype))
-    if gate == CHANNEL:
-        blocks = key_blocks(k, v, gate)
-        totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
-        reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
-    else:
-        totals = reach = None
-    kept = Kept(states, totals, reach)
-    run_state(
-        k, v, g, kept, states, initial_state, final, cu_seqlens, chunks, scale=1.0, gate=gate, reverse=False
-    )
+    """What backward needs, made again: the state before each chunk among it."""
+    chunks = chunks_of(*q.shape[:2], cu_seqlens)
+    kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)._replace(states=_empty_states(k, v, chunks))
+    ends = (initial_state, None, cu_seqlens, chunks)
+    run_state(kept.k, v, g, kept, kept.states, *ends, scale=1.0, gate=gate, reverse=False)
     return kept
 
 
@@ -127,14 +168,21 @@ def backward(
     chunks = chunks_of(B, T, cu_seqlens)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
-    d_states = torch.empty_like(kept.states) if chunks.total else kept.states
-    run_state(
-        q, do, g, kept, d_states, d_final, d_initial, cu_seqlens, chunks, scale=scale, gate=gate, reverse=True
-    )
+    d_states = torch.empty_like(kept.states)
+    ends = (d_final, d_initial, cu_seqlens, chunks)
+    inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
+    how = {"scale": inner, "gate": gate, "reverse": True}
+    if carries(q, v, gate, chunks):
+        run_carry(kept.k, kept.q, do, kept, d_states, dv, *ends, **how)
+    else:
+        run_state(kept.q, do, g, kept, d_states, *ends, **how)
+        run_output(kept.k, kept.q, do, g, kept, d_states, dv, chunks, **how)
     dg = _empty_dg(g, gate, q, v)
-    if chunks.total:
-        run_output(k, q, do, g, kept, d_states, dv, chunks, scale=scale, gate=gate, reverse=True)
-        run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, scale=scale, gate=gate)
+    grads = (dq, dk, dg, chunks)
+    run_gradient(kept.q, kept.k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate)
+    if gate == CHANNEL:
+        run_output(k, q, do, g, kept, d_states, dv, chunks, **(how | {"scale": scale}), hard=True)
+        run_gradient(q, k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate, hard=True)
     if gate == HEAD:
         dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
     return dq, dk, dv, dg, d_initial
@@ -197,7 +245,7 @@ def retention_gates(H: int, device: torch.device) -> Tensor:
 
 def _plan(q: Tensor, v: Tensor, gate: int):
     # int: where a tracer makes widths symbolic, they become constants of the graph
-    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, q.dtype != torch.bfloat16)
+    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16)
 
 
 def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
@@ -213,15 +261,52 @@ def precision(dtype: torch.dtype) -> str:
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `states` and `last` from `first`, in one pass or, where rows are few and long, in segments."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    G = segments_of(k, v, gate, chunks)
+    G = segments_of(state_programs(k, v, gate, chunks.rows), chunks, k.device)
     if G == 1:
         state_pass(k, v, g, kept, states, first, last, cu_seqlens, chunks, **how)
         return
+    table, firsts = _firsts(k, v, g, kept, first, chunks, G, **how)
+    state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
+
+
+def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+    """Fill `o`, `last` and, unless None, `states`, from `first`; in segments, as run_state."""
+    how = {"scale": scale, "gate": gate, "reverse": reverse}
+    G = segments_of(carry_programs(q, v, gate, chunks), chunks, q.device)
+    table = None
+    if G > 1:
+        how["scale"] = scale if reverse else 1.0
+        table, first = _firsts(k, v, None, kept, first, chunks, G, **how)
+    (T, H), V = k.shape[1:3], v.shape[3]
+    tile = _plan(k, v, gate).carry
+    bounds, offsets, rows, G = _rows(cu_seqlens, chunks, table)
+    sizes = _sizes(k, v, gate, tile)
+    del sizes["GATE"]
+    constants = {
+        **sizes,
+        "GATED": gate == CHANNEL,
+        "REVERSE": reverse,
+        "PACKED": bounds is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_LAST": last is not None,
+        "SEGMENTS": G,
+        "KEEP": states is not None,
+        "WIDE": state_dtype(k.dtype) != torch.bfloat16,
+        "PRECISION": precision(v.dtype),
+    }
+    tensors = (q, k, v, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
+    programs = -(-V // tile.BV) * H * rows
+    _launch(carry_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+
+
+def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
+    """G segments of each row, and the state before each, from their own states and decays."""
     B, T, H, K, V = *k.shape, v.shape[3]
     table = _segments(B, T, G, k.device)
     own = k.new_empty(B, G, H, K, V, dtype=torch.float32)
     lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
-    state_pass(k, v, g, kept, states, None, own, None, chunks, **how, lost=lost, segments=table)
+    how = {"scale": scale, "gate": gate, "reverse": reverse}
+    state_pass(k, v, g, kept, None, None, own, None, chunks, **how, lost=lost, segments=table)
     firsts = torch.empty_like(own)
     order = list(reversed(range(G))) if reverse else list(range(G))
     if first is None:
@@ -230,16 +315,27 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
         firsts[:, order[0]].copy_(first)
     for this, later in itertools.pairwise(order):
         torch.addcmul(own[:, this], lost[:, this], firsts[:, this], out=firsts[:, later])
-    state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
+    return table, firsts
 
 
-def segments_of(k: Tensor, v: Tensor, gate: int, chunks: Chunks) -> int:
+def _rows(cu_seqlens, chunks, segments) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Bounds, chunk offsets, number of rows and segments a row, as the sequential kernels take them."""
+    if segments is None:
+        return cu_seqlens, chunks.offsets, chunks.rows, 1
+    return segments.table, segments.offsets, segments.rows, segments.each
+
+
+def segments_of(programs: int, chunks: Chunks, device: torch.device) -> int:
     """How many segments of a row are carried over side by side: two programs a multiprocessor, or so."""
     if chunks.table is not None or chunks.each < 2 * SEGMENT:
         return 1
+    return max(1, min(chunks.each // SEGMENT, 2 * _multiprocessors(device) // programs))
+
+
+def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
+    """Programs of state_kernel for so many rows."""
     plan = _plan(k, v, gate)
-    programs = -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * chunks.rows * k.shape[2]
-    return max(1, min(chunks.each // SEGMENT, 2 * _multiprocessors(k.device) // programs))
+    return -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * rows * k.shape[2]
 
 
 @functools.cache
@@ -276,13 +372,9 @@ def state_pass(
     segments=None,
 ) -> None:
     """Launch state_kernel; with `lost`, for the segments' own states and decays."""
-    T, H, K, V = *k.shape[1:], v.shape[3]
-    plan = _plan(k, v, gate)
-    tile = plan.state
-    if segments is None:
-        bounds, offsets, rows, G = cu_seqlens, chunks.offsets, chunks.rows, 1
-    else:
-        bounds, offsets, rows, G = segments.table, segments.offsets, segments.rows, segments.each
+    T = k.shape[1]
+    tile = _plan(k, v, gate).state
+    bounds, offsets, rows, G = _rows(cu_seqlens, chunks, segments)
     constants = {
         **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
@@ -291,76 +383,76 @@ def state_pass(
         "HAS_LAST": last is not None,
         "SEGMENTS": G,
         "KEEP": lost is None,
-        "PRECISION": precision(k.dtype),
+        "WIDE": state_dtype(k.dtype) != torch.bfloat16,
+        "PRECISION": precision(v.dtype),
     }
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
-    programs = -(-K // plan.BK) * -(-V // tile.BV) * rows * H
+    programs = state_programs(k, v, gate, rows)
     _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
-def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
-    """Launch fused_kernel: fills `o` and, where given, `last`."""
+def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
+    """Launch exact_kernel: fills `o` of the heads that have hard tiles."""
     (T, H), V = k.shape[1:3], v.shape[3]
-    plan = _plan(k, v, gate)
-    tile = plan.state
+    tile = _plan(k, v, CHANNEL).exact
+    sizes = _sizes(k, v, CHANNEL, tile)
+    del sizes["GATE"]
     constants = {
-        **_sizes(k, v, gate, tile),
+        **sizes,
         "PACKED": cu_seqlens is not None,
         "HAS_FIRST": first is not None,
-        "HAS_LAST": last is not None,
         "PRECISION": precision(k.dtype),
         "WIDE": k.dtype != torch.bfloat16,
     }
     programs = -(-V // tile.BV) * H * chunks.rows
-    _launch(fused_kernel, programs, (q, k, v, g, o, first, last, cu_seqlens), (scale, T), constants, tile)
+    tensors = (q, k, v, g, kept.reach, o, first, cu_seqlens, chunks.offsets)
+    _launch(exact_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
-def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
-    """Launch output_kernel: fills `o`."""
+def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, hard=False) -> None:
+    """Launch output_kernel: fills `o`; with `hard`, of the chunks with hard tiles, from raw q and k."""
     (T, H), V = k.shape[1:3], v.shape[3]
-    plan = _plan(k, v, gate)
-    tile = plan.output
+    tile = _plan(k, v, gate).output
     constants = {
         **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": chunks.table is not None,
-        "PRECISION": precision(k.dtype),
+        "PRECISION": precision(v.dtype),
+        "HARD": hard,
     }
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
     pairs = H * chunks.total
-    _launch_both(
-        output_kernel, -(-V // tile.BV), pairs, tensors, (scale, T, chunks.each, pairs), constants, tile
-    )
+    programs = _hard_programs(pairs, q.device) if hard else -(-V // tile.BV) * pairs
+    _launch(output_kernel, programs, tensors, (scale, T, chunks.each, pairs), constants, tile)
 
 
-def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate) -> None:
-    """Launch gradient_kernel: fills `dq`, `dk` and `dg`."""
+def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate, hard=False) -> None:
+    """Launch gradient_kernel: fills `dq`, `dk` and `dg`; with `hard`, of hard tiles, from raw q and k."""
     B, T, H, K = k.shape
     plan = _plan(k, v, gate)
     tile = plan.gradient
     constants = {
         **_sizes(k, v, gate, tile),
         "PACKED": chunks.table is not None,
-        "PRECISION": precision(k.dtype),
+        "PRECISION": precision(v.dtype),
+        "HARD": hard,
     }
     tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
     pairs = H * chunks.total
+    programs = _hard_programs(pairs, q.device) if hard else -(-K // plan.BK) * pairs
     numbers = (scale, T, chunks.each, B * T, pairs)
-    _launch_both(gradient_kernel, -(-K // plan.BK), pairs, tensors, numbers, constants, tile)
+    _launch(gradient_kernel, programs, tensors, numbers, constants, tile)
+
+
+def _hard_programs(pairs: int, device: torch.device) -> int:
+    """Few, since most find no hard tile among theirs."""
+    return min(pairs, HARD_PROGRAMS * _multiprocessors(device))
 
 
 def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
     """The constants that every kernel begins with, in its order."""
     H, K, V, BK = k.shape[2], k.shape[3], v.shape[3], _plan(k, v, gate).BK
     return {"H": H, "K": K, "V": V, "C": CHUNK, "BK": BK, "BV": tile.BV, "GATE": gate}
-
-
-def _launch_both(kernel, blocks, pairs, tensors, numbers, constants, tile) -> None:
-    """For the common tiles and, with gates a channel, for the hard ones: most programs there find none."""
-    _launch(kernel, blocks * pairs, tensors, numbers, constants | {"HARD": False}, tile)
-    if constants["GATE"] == CHANNEL:
-        programs = min(pairs, HARD_PROGRAMS * _multiprocessors(tensors[0].device))
-        _launch(kernel, programs, tensors, numbers, constants | {"HARD": True}, tile)
 
 
 _compiled: dict[tuple, object] = {}
@@ -371,6 +463,8 @@ def _launch(kernel, programs, tensors, numbers, constants, tile) -> None:
 
     The key holds all that Triton specialises on: types, absence and alignment, but no value of `numbers`.
     """
+    if not programs:
+        return
     if INTERPRETED:
         kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
         return

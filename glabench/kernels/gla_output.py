@@ -10,7 +10,6 @@ from glabench.kernels.gla_tiles import (
     after,
     any_hard,
     before,
-    centred,
     chunk_bounds,
     halved_scores,
     head_after,
@@ -66,7 +65,7 @@ def output_tile(
     out = tl.zeros([C, BV], tl.float32)
     i, j = rows[:, None], rows[None, :]
     allowed = i <= j if REVERSE else i >= j
-    if GATE == CHANNEL:
+    if HARD:
         g += token * K
     for col in range(0, K, BK):
         x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
@@ -79,13 +78,6 @@ def output_tile(
             decay = after(gates, C, PRECISION) if REVERSE else before(gates, C, PRECISION)
             decay -= tl.maximum(sums * 0.5, -LIMIT)[None, :]
             x = (x * power2(decay)).to(x.dtype)
-        elif GATE == CHANNEL:
-            gates = load_tile(g, rows, count, H * K, col, K, BK)
-            decay = centred(gates, C, PRECISION)
-            if REVERSE:
-                decay = -decay
-            x = (x * power2(decay)).to(x.dtype)
-            y = (y * power2(-decay)).to(x.dtype)
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
         if not HARD:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
@@ -134,8 +126,8 @@ def output_kernel(
     Math:   o = scale ((q P) S + A v), A_ij = q_i . k_j e^(b_i - b_j), j <= i; dv = (k X) dS + scale A^T do.
     Grid:   V / BV, H, chunks, the first fastest: programs that share q, k and g run together. HARD: any
             number of programs, which look for hard tiles among the `pairs` of chunk and head.
-    HBM:    reads q, k, g V / BV times, v and the state once; writes o once.
-    Stable: centred decays; a chunk with a hard tile takes its scores by halving.
+    HBM:    reads q, k V / BV times, v and the state once; writes o once.
+    Stable: q and k come scaled where gates are a channel; HARD takes them raw, and the scores by halving.
     Source: GLA eq. 3-4, §4.3.
     """
     pid = tl.program_id(0)

@@ -5,17 +5,16 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    LIMIT,
     LOG2E,
     NONE,
-    after,
-    before,
     head_after,
     head_before,
     head_gates,
-    load_channels,
+    kept_share,
     load_tile,
+    next_state,
     power2,
+    row_bounds,
     store_state,
 )
 
@@ -49,6 +48,7 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
     HAS_LAST: tl.constexpr,
     SEGMENTS: tl.constexpr,
     KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Carry the state of one head of one row over its chunks, and KEEP it for each.
@@ -57,9 +57,10 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
     the segment that no other follows; with KEEP, `first` has a state for each segment.
 
     Math:   S' = e^(b_C) S + sum_j e^(b_C - b_j) k_j v_j^T; REVERSE takes q, do, e^(b_j) and runs back.
+            With gates a channel, k and q come from scale_kernel, and S is carried as it is stored.
     Grid:   K / BK, V / BV, rows * H, the first fastest; a program owns [BV, BK] of a state transposed.
-    HBM:    reads k, v, g V / BV and K / BK times; writes K V / C elements a token and head.
-    Stable: fp32 carry; exponents are sums of gates. Stored times 2^r, r = max(total / 2, -LIMIT).
+    HBM:    reads k V / BV and v K / BK times; writes K V / C elements a token and head.
+    Stable: fp32 carry; exponents are sums of gates.
     Source: GLA eq. 2, §4.2.
     """
     pid = tl.program_id(0)
@@ -67,12 +68,7 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
     NV: tl.constexpr = (V + BV - 1) // BV
     kb, vb, rh = pid % NK, pid // NK % NV, (pid // (NK * NV)).to(tl.int64)
     row, head = rh // H, rh % H
-    if PACKED:
-        low, high = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
-        chunk0 = tl.load(offsets + row)
-        chunks = (tl.load(offsets + row + 1) - chunk0).to(tl.int32)
-    else:
-        low, high, chunk0, chunks = row * T, row * T + T, row * N, N
+    low, high, chunk0, chunks = row_bounds(row, bounds, offsets, T, N, PACKED)
     end = 0 if REVERSE else SEGMENTS - 1  # the segment that no other follows
     if not KEEP:
         chunks = tl.where(row % SEGMENTS == end, 0, chunks)
@@ -86,7 +82,13 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
         else tl.zeros([BV, BK], tl.float32)
     )
     decayed = tl.zeros([BK], tl.float32)
-    TYPE: tl.constexpr = h.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
+    sums, lowest = tl.zeros([BK], tl.float32), 0.0
+    if GATE == CHANNEL:
+        at = (chunk0 + (chunks - 1 if REVERSE else 0)) * H + head
+        sums = tl.load(total + at * K + ks, mask=(ks < K) & (chunks > 0), other=0.0)
+        lowest = tl.load(reach + at * NK + kb, mask=chunks > 0, other=0.0)
+        S = S * power2(kept_share(sums))[None, :]
     for n in range(chunks):
         m = chunks - 1 - n if REVERSE else n
         start = low + m * C
@@ -96,36 +98,28 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
         tile = load_tile(k + token * K, rows, count, H * K, kb * BK, K, BK).to(TYPE)
         value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
         if GATE == CHANNEL:
-            gates = load_tile(g + token * K, rows, count, H * K, kb * BK, K, BK)
-            if REVERSE:
-                sums = load_channels(total + at * K, kb * BK, K, BK)
-                decay = before(gates, C, PRECISION)
-            else:
-                sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
-                decay = after(gates, C, PRECISION)
-                if KEEP and vb == 0:
-                    tl.store(total + at * K + ks, sums, mask=ks < K)
-                    tl.store(reach + at * NK + kb, tl.min(sums, 0))
             if KEEP:
-                kept = S * power2(tl.maximum(sums * 0.5, -LIMIT))[None, :]
-                store_state(h + at * K * V, kept, vb * BV, kb * BK, V, K, BV, BK)
+                store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             decayed += sums
-            S = S * power2(sums)[None, :]
-            tile = (tile * power2(decay)).to(tile.dtype)
+            more = chunks - 1 - n > 0  # what comes is loaded a chunk ahead: nothing waits for it
+            ahead = (chunk0 + (m - 1 if REVERSE else m + 1)) * H + head
+            coming = tl.load(total + ahead * K + ks, mask=(ks < K) & more, other=0.0)
+            S = next_state(S, value, tile, sums, kept_share(coming), lowest, PRECISION)
+            sums, lowest = coming, tl.load(reach + ahead * NK + kb, mask=more, other=0.0)
         else:
             if KEEP:
                 store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             if GATE != NONE:
                 gates = head_gates(g, start, head, rows, count, H, GATE, C)
-                sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
-                S = S * power2(sums)
-                decayed += sums
+                lost_here = tl.sum(gates.to(tl.float32), 0) * LOG2E
+                S = S * power2(lost_here)
+                decayed += lost_here
                 decay = head_before(gates, C) if REVERSE else head_after(gates, C)
                 tile = (tile * power2(decay)[:, None]).to(tile.dtype)
-        if REVERSE:
-            S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)
-        else:
-            S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
+            if REVERSE:
+                S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)
+            else:
+                S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
     if not KEEP:
         tl.store(last + rh * K * V + whole, S, mask=inside)
         if vb == 0:

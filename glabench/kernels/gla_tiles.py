@@ -99,6 +99,37 @@ def chunk_bounds(chunk, chunks, T, N, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def row_bounds(row, bounds, offsets, T, N, PACKED: tl.constexpr):
+    """A row's first token, the one after its last, its first chunk and its number of chunks."""
+    if PACKED:
+        low, high = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
+        chunk0 = tl.load(offsets + row)
+        chunks = (tl.load(offsets + row + 1) - chunk0).to(tl.int32)
+    else:
+        low, high, chunk0, chunks = row * T, row * T + T, row * N, N
+    return low, high, chunk0, chunks
+
+
+@triton.jit
+def kept_share(sums):
+    """Log factor of a state as it is stored, of a chunk's totals: what scaled q and k lack."""
+    return tl.maximum(sums * 0.5, -LIMIT)
+
+
+@triton.jit
+def next_state(S, value, tile, sums, coming, lowest, PRECISION: tl.constexpr):
+    """The state [BV, BK] before the next chunk, times its kept share, from this chunk's; see scale_kernel.
+
+    In channels that are not hard, S and the chunk's own state lack the same factor.
+    """
+    kept = kept_share(sums)
+    if lowest < -2 * LIMIT:
+        S = S * power2(sums - 2 * kept)[None, :]
+    S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
+    return S * power2(kept + coming)[None, :]
+
+
+@triton.jit
 def any_hard(reach, count, BLOCK: tl.constexpr):
     """Whether one of `count` tiles, by their reaches, is hard."""
     lowest = 0.0

@@ -1,20 +1,15 @@
-"""The forward pass in one kernel, without chunk states in memory: sequential over chunks (GLA §4.1)."""
+"""The output of heads with hard tiles where no states are kept: sequential, exact (GLA §4.1, eq. 1)."""
 
 import triton
 import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
-    CHANNEL,
     LIMIT,
     LOG2E,
-    NONE,
     centred,
-    head_after,
-    head_before,
-    head_between,
-    head_gates,
     load_tile,
     power2,
+    row_bounds,
     store_tile,
 )
 
@@ -109,123 +104,70 @@ def channel_chunk(
 
 
 @triton.jit
-def head_chunk(
+def row_is_hard(reach, head, chunk0, chunks, H: tl.constexpr, NK: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether a head has a hard tile in one of a row's chunks."""
+    lowest = 0.0
+    for i in range(0, chunks, BLOCK):
+        n = i + tl.arange(0, BLOCK)
+        for kb in range(NK):
+            found = tl.load(reach + ((chunk0 + n) * H + head) * NK + kb, mask=n < chunks, other=0.0)
+            lowest = tl.minimum(lowest, tl.min(found, 0))
+    return lowest < -2 * LIMIT
+
+
+@triton.jit(do_not_specialize=["T", "N", "scale"])
+def exact_kernel(
     q,
     k,
     v,
     g,
-    o,
-    start,
-    head,
-    count,
-    vb,
-    scale,
-    S,
-    S2,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    GATE: tl.constexpr,
-):
-    """One chunk with gates a head, fixed ones, or none: writes its output, returns the states after it."""
-    TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
-    rows = tl.arange(0, C)
-    value = load_tile(v, rows, count, H * V, vb * BV, V, BV).to(TYPE)
-    x = load_tile(q, rows, count, H * K, 0, K, BK).to(TYPE)
-    y = load_tile(k, rows, count, H * K, 0, K, BK).to(TYPE)
-    out = tl.dot(x, tl.trans(S.to(value.dtype)), input_precision=PRECISION)
-    A = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    y2 = y
-    if K > BK:
-        x = load_tile(q, rows, count, H * K, BK, K, BK).to(TYPE)
-        y2 = load_tile(k, rows, count, H * K, BK, K, BK).to(TYPE)
-        out = tl.dot(x, tl.trans(S2.to(value.dtype)), out, input_precision=PRECISION)
-        A = tl.dot(x, tl.trans(y2), A, input_precision=PRECISION)
-    if GATE != NONE:
-        gates = head_gates(g, start, head, rows, count, H, GATE, C)
-        out *= power2(head_before(gates, C))[:, None]
-        A *= head_between(gates, GATE, False, C)
-        kept = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E)
-        S, S2 = S * kept, S2 * kept
-        rest = power2(head_after(gates, C))[:, None]
-        y, y2 = (y * rest).to(value.dtype), (y2 * rest).to(value.dtype)
-    S = tl.dot(tl.trans(value), y, S, input_precision=PRECISION)
-    if K > BK:
-        S2 = tl.dot(tl.trans(value), y2, S2, input_precision=PRECISION)
-    out = finish(A, out, value, scale, C, PRECISION)
-    store_tile(o, out, rows, count, H * V, vb * BV, V, BV)
-    return S, S2
-
-
-@triton.jit(do_not_specialize=["T", "scale"])
-def fused_kernel(
-    q,
-    k,
-    v,
-    g,
+    reach,
     o,
     first,
-    last,
     bounds,
+    offsets,
     scale,
     T,
+    N,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    GATE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """o and the final state of one head of one row, for BV of its value channels and all key channels.
+    """o of one head of one row, for BV of its value channels, where one of its tiles is hard.
 
     Math:   chunk by chunk o = scale ((q P) S + A v), S' = e^(b_C) S + sum_j e^(b_C - b_j) k_j v_j^T.
     Grid:   V / BV, H, rows, the first fastest; the state stays in registers, in one or two blocks of BK.
-    HBM:    reads q, k, g V / BV times, v once; writes o once.
+    HBM:    reads q, k, g V / BV times, v once; writes o once. Nothing but `reach` where no tile is hard.
     Stable: centred decays, fp32 carry; a chunk with a hard tile is taken token by token.
-    Source: GLA §4.1, the form without materialisation; eq. 3 and 4.
+    Source: GLA §4.1; eq. 1 in hard chunks, eq. 3 and 4 in the others.
     """
     pid = tl.program_id(0)
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     vb, head, row = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)
-    low, high = row * T, row * T + T
-    if PACKED:
-        low, high = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
-    ks, vs = tl.arange(0, BK), vb * BV + tl.arange(0, BV)
-    whole = (row * H + head) * K * V + ks[None, :] * V + vs[:, None]  # of [K, V], as states come and go
-    inside = (ks < K)[None, :] & (vs < V)[:, None]
-    inside2 = (BK + ks < K)[None, :] & (vs < V)[:, None]
-    S = tl.zeros([BV, BK], tl.float32)
-    S2 = tl.zeros([BV, BK], tl.float32)
-    if HAS_FIRST:
-        S = tl.load(first + whole, mask=inside, other=0.0)
-        if K > BK:
-            S2 = tl.load(first + whole + BK * V, mask=inside2, other=0.0)
-    for n in range(tl.cdiv(high - low, C).to(tl.int32)):
-        start = low + n * C
-        count = tl.minimum(high - start, C).to(tl.int32)
-        token = start * H + head
-        if GATE == CHANNEL:
+    low, high, chunk0, chunks = row_bounds(row, bounds, offsets, T, N, PACKED)
+    if row_is_hard(reach, head, chunk0, chunks, H, NK, 64):
+        ks, vs = tl.arange(0, BK), vb * BV + tl.arange(0, BV)
+        whole = (row * H + head) * K * V + ks[None, :] * V + vs[:, None]  # of [K, V], as states come
+        S = tl.zeros([BV, BK], tl.float32)
+        S2 = tl.zeros([BV, BK], tl.float32)
+        if HAS_FIRST:
+            S = tl.load(first + whole, mask=(ks < K)[None, :] & (vs < V)[:, None], other=0.0)
+            if K > BK:
+                inside = (BK + ks < K)[None, :] & (vs < V)[:, None]
+                S2 = tl.load(first + whole + BK * V, mask=inside, other=0.0)
+        for n in range(chunks):
+            start = low + n * C
+            count = tl.minimum(high - start, C).to(tl.int32)
+            token = start * H + head
             S, S2 = channel_chunk(
                 q + token * K, k + token * K, v + token * V, g + token * K, o + token * V,
                 count, vb, scale, S, S2, H, K, V, C, BK, BV, PRECISION, WIDE,
             )  # fmt: skip
-        else:
-            S, S2 = head_chunk(
-                q + token * K, k + token * K, v + token * V, g, o + token * V,
-                start, head, count, vb, scale, S, S2, H, K, V, C, BK, BV, PRECISION, WIDE, GATE,
-            )  # fmt: skip
-    if HAS_LAST:
-        tl.store(last + whole, S, mask=inside)
-        if K > BK:
-            tl.store(last + whole + BK * V, S2, mask=inside2)
