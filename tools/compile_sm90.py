@@ -50,7 +50,7 @@ def exists(name, gate, K, BK, reverse, hard):
     return gate == "channel" or (name not in ("scale", "exact") and (name != "carry" or gate == "none"))
 
 
-def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
+def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     """The kernel's signature and constants as the launch gives them, pointers and widths aligned to 16."""
     kernel, x = KERNELS[name], POINTERS[dtype]
     state = "*bf16" if dtype == "bf16" else "*fp32"
@@ -64,7 +64,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
         "scale": "fp32",
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
     }
-    constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
+    constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True, "GATED": gate == GATES["channel"]}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
@@ -125,8 +125,8 @@ def main():
             for name, reverse, hard in kinds:
                 if not exists(name, gate, K, plan.BK, reverse, hard):
                     continue
-                launch = getattr(plan, name)
-                made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan.BK)
+                launch = plan.carry_back if name == "carry" and reverse else getattr(plan, name)
+                made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan)
                 label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
                 report(label, made, launch)
 

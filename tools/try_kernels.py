@@ -200,13 +200,24 @@ def profiled(family, shape, T):
     return {"status": "ok", "kernel_us": kernels}
 
 
+RULE = gla_configs.rule
+CHUNK = int(os.environ.get("TRY_CHUNK", "64"))
 VARIANTS = {  # BV, warps, stages, registers
-    "scale": [(64, 4, 1), (64, 8, 1)],
-    "carry": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 2)],
-    "state": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)],
-    "output": [(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3)],
-    "gradient": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)],
-}
+    64: {
+        "scale": [(64, 4, 1), (64, 4, 1, 168), (64, 2, 1)],
+        "carry": [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)],
+        "state": [(64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)],
+        "output": [(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3)],
+        "gradient": [(64, 4, 2), (64, 4, 3), (64, 4, 3, 168), (64, 4, 4)],
+    },
+    128: {
+        "scale": [(64, 4, 1), (64, 8, 1)],
+        "carry": [(64, 8, 1), (64, 8, 2)],
+        "state": [(64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
+        "output": [(64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (64, 8, 3, 128), (128, 8, 2)],
+        "gradient": [(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 8, 3)],
+    },
+}[CHUNK]
 USES = (
     "scale",
     "carry",
@@ -223,10 +234,11 @@ USES = (
 def launches(family, shape, T, tokens):
     """Each kernel of a call on its own: use -> a function that launches it under the plan in force."""
     H, K, V = SHAPES[shape]
+    use_plan(K, V, {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family], base(K, V))
     q, k, v, *g = call(family, T, tokens // T, H, K, V, "bf16", "trained")[0].values()
     gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
     g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
-    chunks = launch.chunks_of(q.shape[0], T, None)
+    chunks = launch.chunks_of(q.shape[0], T, None, gla_configs.plan_for(K, V, gate, False).chunk)
     how = {"scale": K**-0.5, "gate": gate}
     o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, keep=True, **how)
     do, dh = torch.randn_like(o), torch.empty_like(kept.states)
@@ -263,8 +275,8 @@ def trials(shape):
 
 def under(use, variant, sizes):
     """Put one kernel's launch in force for a shape."""
-    plan = gla_configs.rule(*sizes[:2], wide=False)
-    use_plan(*sizes, dataclasses.replace(plan, **{use.split()[0]: gla_configs.Launch(*variant)}))
+    kernel = use.replace(" ", "_") if use == "carry back" else use.split()[0]
+    use_plan(*sizes, dataclasses.replace(base(*sizes[:2]), **{kernel: gla_configs.Launch(*variant)}))
 
 
 def sweep(family, shape, T, reps):
@@ -279,7 +291,7 @@ def sweep(family, shape, T, reps):
             found[f"{use} {variant}"] = round(1e3 * median_ms(uses[use], reps), 1)
         except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
             found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
-    use_plan(*sizes, gla_configs.rule(*sizes[:2], wide=False))
+    use_plan(*sizes, base(*sizes[:2]))
     best = {}
     for key, us in found.items():
         use = key.split(" (")[0]
@@ -288,9 +300,18 @@ def sweep(family, shape, T, reps):
     return {"status": "ok", "us": found, "best": best}
 
 
+def base(K, V):
+    """What a kernel's launch is tried against: the rule's plan, with TRY_CHUNK tokens a chunk."""
+    plan = RULE(K, V, wide=False)
+    if CHUNK == 64:
+        return plan
+    usual = dataclasses.replace(plan.state, warps=8, stages=1)
+    return gla_configs.Plan(CHUNK, plan.BK, *([usual] * 7))
+
+
 def use_plan(K, V, gate, plan):
     """Launch this shape so from here on."""
-    gla_configs.MEASURED[K, V, gate] = plan
+    gla_configs.MEASURED[K, V, gate] = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     gla_configs.plan_for.cache_clear()
 
 
@@ -341,6 +362,8 @@ def main():
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help="part i of n, of checks")
     args = parser.parse_args()
     begin = time.monotonic()
+    if CHUNK != 64:
+        gla_configs.rule = lambda K, V, *, wide: RULE(K, V, wide=True) if wide else base(K, V)
     if args.parts == ["compile"]:
         compile_share(args.shapes, args.families, args.share)
         return
@@ -366,7 +389,7 @@ def measure(part, shapes, families, deadline):
     if part == "sweep":
         compile_variants(shapes, families)
     runs = {"time": timed, "profile": profiled, "host": host, "sweep": functools.partial(sweep, reps=10)}
-    lengths = {"time": (1024, 2048, 4096, 8192, 16384), "host": (1024,), "sweep": (1024, 4096)}
+    lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,), "sweep": (1024, 4096)}
     for T in lengths.get(part, (4096,)):
         for shape in shapes:
             for family in families:

@@ -252,7 +252,7 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
     B, T, H, V = v.shape
     K, wide = q.shape[3], torch.float32
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = _chunk_count(B, T, cu_seqlens)
+    chunks = _chunk_count(B, T, cu_seqlens, gla_launch.chunk_size(q, v, gate))
     has_totals = gate == CHANNEL and not recompute
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
@@ -271,9 +271,9 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
     )
 
 
-def _chunk_count(B, T, cu_seqlens):
+def _chunk_count(B, T, cu_seqlens, size):
     if cu_seqlens is None:
-        return B * (-(-T // gla_launch.CHUNK))
+        return B * (-(-T // size))
     return torch.library.get_ctx().new_dynamic_size()  # only the bounds say how many
 
 

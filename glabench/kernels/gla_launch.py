@@ -12,7 +12,7 @@ from torch import Tensor
 from glabench.kernels import gla_tiles
 from glabench.kernels.arguments import check_bounds
 from glabench.kernels.gla_carry import carry_kernel
-from glabench.kernels.gla_configs import CHUNK, Launch, plan_for
+from glabench.kernels.gla_configs import Launch, plan_for
 from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
@@ -22,7 +22,7 @@ from glabench.kernels.gla_state import state_kernel
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
-SEGMENT = 64  # chunks: shorter segments cost more than they save
+SEGMENT = 4096  # tokens: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
@@ -41,8 +41,9 @@ class Kept(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Where the chunks lie: `table` [total, 2] of start and length, `offsets` [rows + 1], where packed."""
+    """Where chunks of `size` lie: `table` [total, 2] of start and length, `offsets` [rows + 1], if packed."""
 
+    size: int
     rows: int
     each: int
     total: int
@@ -66,7 +67,7 @@ def forward(
     """o [B, T, H, V], the final state [rows, H, K, V] or None, and, to `keep`, what backward needs."""
     B, T, H, V = v.shape
     K = q.shape[-1]
-    chunks = chunks_of(B, T, cu_seqlens)
+    chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
     o = torch.empty_like(v)
     kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)
@@ -93,14 +94,19 @@ def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
     """Whether one kernel carries the state and makes the output: it fits, and fills the device."""
     if gate not in (NONE, CHANNEL) or key_blocks(q, v, gate) > 2:
         return False
-    programs = carry_programs(q, v, gate, chunks)
+    programs = carry_programs(q, v, gate, chunks, reverse=False)
     programs *= segments_of(programs, chunks, q.device)
     return programs >= CARRY_PROGRAMS * _multiprocessors(q.device)
 
 
-def carry_programs(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> int:
+def carry_programs(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, reverse: bool) -> int:
     """Programs of carry_kernel where rows are whole."""
-    return -(-v.shape[3] // _plan(q, v, gate).carry.BV) * v.shape[2] * chunks.rows
+    return -(-v.shape[3] // _carry_tile(q, v, gate, reverse=reverse).BV) * v.shape[2] * chunks.rows
+
+
+def _carry_tile(q: Tensor, v: Tensor, gate: int, *, reverse: bool) -> Launch:
+    plan = _plan(q, v, gate)
+    return plan.carry_back if reverse else plan.carry
 
 
 def scaled(
@@ -116,7 +122,7 @@ def scaled(
     kept = Kept(None, totals, reach, torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype))
     if chunks.total:
         plan = _plan(q, v, gate)
-        constants = {"H": H, "K": K, "C": CHUNK, "BK": plan.BK, "PACKED": chunks.table is not None}
+        constants = {"H": H, "K": K, "C": plan.chunk, "BK": plan.BK, "PACKED": chunks.table is not None}
         constants["PRECISION"] = precision(q.dtype)
         tensors = (q, k, g, totals, reach, kept.q, kept.k, chunks.table)
         _launch(
@@ -141,7 +147,7 @@ def states_before(
     gate: int,
 ) -> Kept:
     """What backward needs, made again: the state before each chunk among it."""
-    chunks = chunks_of(*q.shape[:2], cu_seqlens)
+    chunks = chunks_of(*q.shape[:2], cu_seqlens, chunk_size(q, v, gate))
     kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)._replace(states=_empty_states(k, v, chunks))
     ends = (initial_state, None, cu_seqlens, chunks)
     run_state(kept.k, v, g, kept, kept.states, *ends, scale=1.0, gate=gate, reverse=False)
@@ -165,7 +171,7 @@ def backward(
     """Gradients of q, k, v, g and the initial state; the last two None where there is none to give."""
     B, T, H, V = v.shape
     K = q.shape[-1]
-    chunks = chunks_of(B, T, cu_seqlens)
+    chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
     d_states = torch.empty_like(kept.states)
@@ -202,30 +208,31 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
+def chunks_of(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """The chunks of equal rows by arithmetic, of packed ones by table. Raises ShapeError."""
     if cu_seqlens is None:
-        each = -(-T // CHUNK)
-        return Chunks(B, each, B * each)
-    return _packed_chunks(cu_seqlens, T)
+        each = -(-T // size)
+        return Chunks(size, B, each, B * each)
+    return _packed_chunks(cu_seqlens, T, size)
 
 
 _last_packed: list[tuple[Tensor, int, int, Chunks]] = []
 
 
-def _packed_chunks(cu_seqlens: Tensor, T: int) -> Chunks:
+def _packed_chunks(cu_seqlens: Tensor, T: int, size: int) -> Chunks:
     """Reading the bounds waits for the device, so those of the last tensor, if unchanged, are kept."""
     for tensor, version, length, chunks in _last_packed:
-        if tensor is cu_seqlens and version == cu_seqlens._version and length == T:
+        if tensor is cu_seqlens and (version, length, chunks.size) == (cu_seqlens._version, T, size):
             return chunks
     bounds = cu_seqlens.tolist()
     check_bounds(bounds, T)
     table, offsets = [], [0]
     for low, high in itertools.pairwise(bounds):
-        table += [(start, min(CHUNK, high - start)) for start in range(low, high, CHUNK)]
+        table += [(start, min(size, high - start)) for start in range(low, high, size)]
         offsets.append(len(table))
     like = {"dtype": torch.int64, "device": cu_seqlens.device}
     chunks = Chunks(
+        size,
         len(bounds) - 1,
         0,
         len(table),
@@ -246,6 +253,11 @@ def retention_gates(H: int, device: torch.device) -> Tensor:
 def _plan(q: Tensor, v: Tensor, gate: int):
     # int: where a tracer makes widths symbolic, they become constants of the graph
     return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16)
+
+
+def chunk_size(q: Tensor, v: Tensor, gate: int) -> int:
+    """Tokens a chunk."""
+    return _plan(q, v, gate).chunk
 
 
 def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
@@ -272,13 +284,13 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
 def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `o`, `last` and, unless None, `states`, from `first`; in segments, as run_state."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    G = segments_of(carry_programs(q, v, gate, chunks), chunks, q.device)
+    G = segments_of(carry_programs(q, v, gate, chunks, reverse=reverse), chunks, q.device)
     table = None
     if G > 1:
         how["scale"] = scale if reverse else 1.0
         table, first = _firsts(k, v, None, kept, first, chunks, G, **how)
     (T, H), V = k.shape[1:3], v.shape[3]
-    tile = _plan(k, v, gate).carry
+    tile = _carry_tile(k, v, gate, reverse=reverse)
     bounds, offsets, rows, G = _rows(cu_seqlens, chunks, table)
     sizes = _sizes(k, v, gate, tile)
     del sizes["GATE"]
@@ -302,7 +314,7 @@ def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scal
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
     """G segments of each row, and the state before each, from their own states and decays."""
     B, T, H, K, V = *k.shape, v.shape[3]
-    table = _segments(B, T, G, k.device)
+    table = _segments(B, T, G, chunks.size, k.device)
     own = k.new_empty(B, G, H, K, V, dtype=torch.float32)
     lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
     how = {"scale": scale, "gate": gate, "reverse": reverse}
@@ -327,9 +339,9 @@ def _rows(cu_seqlens, chunks, segments) -> tuple[Tensor | None, Tensor | None, i
 
 def segments_of(programs: int, chunks: Chunks, device: torch.device) -> int:
     """How many segments of a row are carried over side by side: two programs a multiprocessor, or so."""
-    if chunks.table is not None or chunks.each < 2 * SEGMENT:
+    if chunks.table is not None or chunks.each * chunks.size < 2 * SEGMENT:
         return 1
-    return max(1, min(chunks.each // SEGMENT, 2 * _multiprocessors(device) // programs))
+    return max(1, min(chunks.each * chunks.size // SEGMENT, 2 * _multiprocessors(device) // programs))
 
 
 def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
@@ -344,14 +356,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _segments(B: int, T: int, G: int, device: torch.device) -> Chunks:
+def _segments(B: int, T: int, G: int, size: int, device: torch.device) -> Chunks:
     """G segments of whole chunks in each of B rows, as if they were packed: bounds and chunk offsets."""
-    each = -(-T // CHUNK)
+    each = -(-T // size)
     firsts = [each * i // G for i in range(G)]
     offsets = [row * each + first for row in range(B) for first in firsts] + [B * each]
-    bounds = [row * T + first * CHUNK for row in range(B) for first in firsts] + [B * T]
+    bounds = [row * T + first * size for row in range(B) for first in firsts] + [B * T]
     like = {"dtype": torch.int64, "device": device}
-    return Chunks(B * G, G, 0, torch.tensor(bounds, **like), torch.tensor(offsets, **like))
+    return Chunks(size, B * G, G, 0, torch.tensor(bounds, **like), torch.tensor(offsets, **like))
 
 
 def state_pass(
@@ -451,8 +463,8 @@ def _hard_programs(pairs: int, device: torch.device) -> int:
 
 def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
     """The constants that every kernel begins with, in its order."""
-    H, K, V, BK = k.shape[2], k.shape[3], v.shape[3], _plan(k, v, gate).BK
-    return {"H": H, "K": K, "V": V, "C": CHUNK, "BK": BK, "BV": tile.BV, "GATE": gate}
+    H, K, V, plan = k.shape[2], k.shape[3], v.shape[3], _plan(k, v, gate)
+    return {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": tile.BV, "GATE": gate}
 
 
 _compiled: dict[tuple, object] = {}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LEVELS = tl.constexpr(7)  # halvings of a chunk of up to 64 tokens, and the diagonal
+LEVELS = tl.constexpr(8)  # halvings of a chunk of up to 128 tokens, and the diagonal
 LIMIT = tl.constexpr(60.0)  # operands stay in 2 ** +-60: far from float32's 2 ** +-126, in bf16 as well
 
 NONE = tl.constexpr(0)  # no gate
