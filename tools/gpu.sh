@@ -3,7 +3,8 @@
 #   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing layers fig2 all
 # `all` spreads layers and fig2 over two GPUs where there are two. Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
-# out/), also where TOTAL, the seconds for all steps together, ran out. The next call with the same SITE goes on.
+# out/) twice a minute and at the end, so that a run that is cut loses little. TOTAL: seconds for all steps
+# together. The next call with the same SITE goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out}; SITE=${SITE:-$HOME/site}; WHEELS=${WHEELS:-.whl}; TOTAL=${TOTAL:-540}
@@ -12,7 +13,9 @@ mkdir -p "$OUT" "$RESULTS" "$LOGS"
 export PYTHONPATH="$SITE:$PWD" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$SITE/triton-cache" TRITON_CACHE_AUTOTUNING=1
 export GLABENCH_TUNE_MS=${GLABENCH_TUNE_MS:-20}  # of the 125 ms that Triton would take a configuration
 [ -x "$SITE/ptxas" ] && export TRITON_PTXAS_PATH="$SITE/ptxas"
-trap 'tar czf "$OUT/gpu.tar.gz" -C "$SITE" results logs' EXIT
+pack() { tar czf "$OUT/gpu.tar.part" -C "$SITE" results logs && mv "$OUT/gpu.tar.part" "$OUT/gpu.tar.gz"; }
+(while sleep 30; do pack; done) 2> /dev/null & packer=$!
+trap 'kill $packer; pack' EXIT
 
 left() { echo $((TOTAL - SECONDS > 1 ? TOTAL - SECONDS : 1)); }
 
@@ -20,6 +23,7 @@ step() {  # step NAME SECONDS COMMAND...
     local name=$1 limit=$2 started=$SECONDS
     shift 2
     [ "$limit" -gt "$(left)" ] && limit=$(left)
+    [ "$limit" -gt 1 ] || { echo "== $name: no time left"; return; }
     timeout --kill-after=5 "$limit" "$@" > "$LOGS/$name.log" 2>&1
     echo "== $name: exit $?, $((SECONDS - started)) s"
     tail -n "${TAIL:-12}" "$LOGS/$name.log"
