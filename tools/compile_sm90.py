@@ -23,12 +23,15 @@ from glabench.kernels.gla_fused import fused_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_state import state_kernel
+from glabench.kernels.gla_step import STRIDES, recurrent_kernel
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"fused": fused_kernel, "state": state_kernel, "output": output_kernel, "gradient": gradient_kernel}
+KERNELS |= {"recurrent": recurrent_kernel}
+BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
@@ -44,12 +47,17 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, BK):
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
         "scale": "fp32",
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
+        **dict.fromkeys(STRIDES, "i64"),
     }
     constants = {"H": H, "K": K, "V": V, "C": gla_configs.CHUNK, "BK": BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
-    absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
+    absent = ["bounds", "offsets", "chunks", "lost"]
+    if name == "recurrent":
+        constants |= {"KP": BK, "HAS_FIRST": True, "HAS_LAST": True, "UNIT": 16}
+    else:
+        absent += ["first", "last"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)
@@ -88,6 +96,15 @@ def assembled(ptx):
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
 
 
+def recurrent(shape, gate, dtype):
+    """Compile the token-by-token kernel at the tile of each batch."""
+    H, K, V = SHAPES[shape]
+    for batch in BATCHES:
+        launch, KP = gla_configs.recurrent_tile(K, V, batch * H, MULTIPROCESSORS)
+        made = sources("recurrent", H, K, V, GATES[gate], dtype, False, False, launch, KP)
+        report(f"{shape} {dtype} {gate} recurrent, batch {batch}", made, launch)
+
+
 def main():
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -100,7 +117,10 @@ def main():
         H, K, V = SHAPES[shape]
         for gate in args.gates:
             plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
-            kinds = [(n, r, h) for n in args.kernels for r in (False, True) for h in (False, True)]
+            names = [n for n in args.kernels if n != "recurrent"]
+            kinds = [(n, r, h) for n in names for r in (False, True) for h in (False, True)]
+            if "recurrent" in args.kernels:
+                recurrent(shape, gate, args.dtype)
             for name, reverse, hard in kinds:
                 if hard and (gate != "channel" or name in ("state", "fused")):
                     continue

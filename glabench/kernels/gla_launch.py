@@ -77,7 +77,7 @@ def fuses(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
     """Whether one sequential kernel is to make the output: its states fit, its programs fill the device."""
     plan = _plan(q, v, gate)
     programs = -(-v.shape[3] // plan.state.BV) * v.shape[2] * chunks.rows
-    return key_blocks(q, v, gate) <= 2 and programs >= FUSED_PROGRAMS * _multiprocessors(q.device)
+    return key_blocks(q, v, gate) <= 2 and programs >= FUSED_PROGRAMS * multiprocessors(q.device)
 
 
 def states_before(
@@ -239,11 +239,11 @@ def segments_of(k: Tensor, v: Tensor, gate: int, chunks: Chunks) -> int:
         return 1
     plan = _plan(k, v, gate)
     programs = -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * chunks.rows * k.shape[2]
-    return max(1, min(chunks.each // SEGMENT, 2 * _multiprocessors(k.device) // programs))
+    return max(1, min(chunks.each // SEGMENT, 2 * multiprocessors(k.device) // programs))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
@@ -295,7 +295,7 @@ def state_pass(
     }
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
     programs = -(-K // plan.BK) * -(-V // tile.BV) * rows * H
-    _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
@@ -312,7 +312,7 @@ def run_fused(q, k, v, g, o, first, last, cu_seqlens, chunks, *, scale, gate) ->
         "WIDE": k.dtype != torch.bfloat16,
     }
     programs = -(-V // tile.BV) * H * chunks.rows
-    _launch(fused_kernel, programs, (q, k, v, g, o, first, last, cu_seqlens), (scale, T), constants, tile)
+    launch(fused_kernel, programs, (q, k, v, g, o, first, last, cu_seqlens), (scale, T), constants, tile)
 
 
 def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse) -> None:
@@ -357,16 +357,16 @@ def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
 
 def _launch_both(kernel, blocks, pairs, tensors, numbers, constants, tile) -> None:
     """For the common tiles and, with gates a channel, for the hard ones: most programs there find none."""
-    _launch(kernel, blocks * pairs, tensors, numbers, constants | {"HARD": False}, tile)
+    launch(kernel, blocks * pairs, tensors, numbers, constants | {"HARD": False}, tile)
     if constants["GATE"] == CHANNEL:
-        programs = min(pairs, HARD_PROGRAMS * _multiprocessors(tensors[0].device))
-        _launch(kernel, programs, tensors, numbers, constants | {"HARD": True}, tile)
+        programs = min(pairs, HARD_PROGRAMS * multiprocessors(tensors[0].device))
+        launch(kernel, programs, tensors, numbers, constants | {"HARD": True}, tile)
 
 
 _compiled: dict[tuple, object] = {}
 
 
-def _launch(kernel, programs, tensors, numbers, constants, tile) -> None:
+def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
     """Launch on the tensors' device; Triton's own look-up, 15 us, is taken once for each kind of call.
 
     The key holds all that Triton specialises on: types, absence and alignment, but no value of `numbers`.
