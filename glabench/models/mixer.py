@@ -188,17 +188,27 @@ def step_for(config: LinearAttentionConfig, q: Tensor, state: Tensor) -> Callabl
     if not q.is_cuda or torch.is_grad_enabled() or state.dtype != torch.float32:
         return None
     parts = value_parts(config.head_v, WIDEST_VALUE)
-    name = f"{config.family}_recurrent_fused"
     shape = (config.num_heads * parts, config.head_k, config.head_v // parts)
-    if not _has_kernel(name, q.dtype, shape):
-        return None
-    return LOADED[_load(name, config.family, "cuda", q.dtype, shape, False)]
+    name = _load_step(config.family, q.dtype, shape)
+    return None if name is None else LOADED[name]
 
 
 @torch.compiler.assume_constant_result
+def _load_step(*key: Any) -> str | None:
+    found = _chosen_step(*key)
+    if found is None:
+        return None
+    impl_id, LOADED[impl_id] = found
+    return impl_id
+
+
 @functools.lru_cache(maxsize=64)
-def _has_kernel(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
-    return _reason(implementations()[name], _case(dtype, shape, False), "cuda") is None
+def _chosen_step(
+    family: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[str, Callable[..., Any]] | None:
+    """(id, callable), or None where the kernel does not run here."""
+    impl = implementations()[f"{family}_recurrent_fused"]
+    return None if _reason(impl, _case(dtype, shape, False), "cuda") else (impl.id, impl.load())
 
 
 def layer_for(config: LinearAttentionConfig, q: Tensor, backward: bool) -> Callable[..., Any]:
