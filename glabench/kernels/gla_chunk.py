@@ -103,7 +103,7 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
         raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if _is_traced(q):
+    if is_traced(q):
         o, final, *_ = chunk_op(
             q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form == "recompute"
         )
@@ -112,7 +112,7 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
     return ChunkFunction.apply(*args)
 
 
-def _is_traced(q: Tensor) -> bool:
+def is_traced(q: Tensor) -> bool:
     """Whether a compiler or exporter looks on: the custom operator is opaque to it, but slower to call."""
     return torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glabench.errors import ShapeError, UsageError
 from glabench.kernels import gla_launch
-from glabench.kernels.gla_chunk import check_call
+from glabench.kernels.gla_chunk import check_call, is_traced
 from glabench.kernels.gla_configs import recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
 
@@ -232,7 +232,7 @@ def _step(gate, q, k, v, g, state, scale) -> Tensor:
     _refuse_gradients("gla_recurrent_step", q, k, v, g, state)
     check_call(gate, q, k, v, g, state, None, "state")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = step_op if torch.compiler.is_compiling() else _take_one
+    run = step_op if is_traced(q) else _take_one
     o = run(q, k, v, g, state, scale, gate)
     return o.squeeze(1) if is_flat else o
 
@@ -243,7 +243,7 @@ def _fused(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-    run = fused_op if torch.compiler.is_compiling() else _take_all
+    run = fused_op if is_traced(q) else _take_all
     o, final = run(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state)
     return o, final if output_final_state else None
 

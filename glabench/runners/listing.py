@@ -11,7 +11,7 @@ from glabench.registry import FAMILIES, best, implementations
 def entries(device: str, family: str | None) -> dict[str, Any]:
     """{"device", "families", "steps", "implementations": [...]} for `device` ("auto" allowed).
 
-    `families` and `steps` hold {name: id or None}: what a family's name takes for a sequence, and for a token.
+    `families` and `steps` hold {name: id or None}: what a family's name takes for sequences, and for a token.
     """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"no family {family!r}", where="--family", fix=nearest(family, tuple(FAMILIES)))

@@ -33,6 +33,7 @@ GUESS = {
     "cuda": (cost.Ceilings(3000.0, dict.fromkeys(DTYPES, 500.0)), 5.0, 2.0),
 }
 DECODE_BATCHES = {"cpu": "1", "cuda": "1,64"}
+STEP_BUSY_S = 0.1  # steps are short: their samples, not the clock, decide how well a median is known
 
 
 def from_grid(
@@ -93,7 +94,8 @@ def for_decode(
     for batch in parse_range(grid["batch"] or DECODE_BATCHES[kind], "--batch"):
         how = {"passes": (DECODE,), "tokens": None, "batch": batch, "where": "--context"}
         cases += _cases(grid, base, **how)
-    suite = Suite(name=DECODE, cases=tuple(cases), regime=_limited(base["regime"], limits), seed=seed)
+    regime = replace(_limited(base["regime"], limits), min_busy_s=STEP_BUSY_S)
+    suite = Suite(name=DECODE, cases=tuple(cases), regime=regime, seed=seed)
     names = split_names(impl, "implementation", "--impl")
     arms = registry.resolve(names, device, family, passes=DECODE)
     return _request(suite, arms, device=device, out=out, resume=resume, argv=argv)
