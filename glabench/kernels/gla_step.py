@@ -5,6 +5,7 @@ for is refused, never given by another form.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 from glabench.errors import ShapeError, UsageError
 from glabench.kernels import gla_launch
 from glabench.kernels.gla_chunk import check_call, is_traced
-from glabench.kernels.gla_configs import recurrent_tile
+from glabench.kernels.gla_configs import Launch, recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
 
 STRIDES = [f"{x}_{axis}" for x in "qkvg" for axis in "bth"] + ["first_b", "first_h", "last_b", "last_h"]
@@ -258,7 +259,7 @@ def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
 
 
 def _take_one(q, k, v, g, state, scale, gate) -> Tensor:
-    o = v.new_empty(v.shape)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     work = state if _has_plain_matrices(state) else state.contiguous()
     _run(q, k, v, g, o, work, work, None, scale=scale, gate=gate)
     if work is not state:
@@ -268,7 +269,7 @@ def _take_one(q, k, v, g, state, scale, gate) -> Tensor:
 
 def _take_all(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state):
     rows = gla_launch.chunks_of(*q.shape[:2], cu_seqlens).rows  # with the bounds checked
-    o, final = v.new_empty(v.shape), None
+    o, final = torch.empty(v.shape, dtype=v.dtype, device=v.device), None
     if output_final_state:
         final = q.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32)
     if initial_state is not None and not _has_plain_matrices(initial_state):
@@ -296,35 +297,38 @@ def _run(q, k, v, g, o, first, last, bounds, *, scale, gate) -> None:
         g = retention_decays(H, q.device)
     if gate == gla_launch.CHANNEL and g.stride(3) != 1:
         g = g.contiguous()
-    strides, unit = _strides(gate, q, k, v, g, first, last)
-    tile, KP = recurrent_tile(K, V, rows * H, gla_launch.multiprocessors(q.device))
-    programs = -(-V // tile.BV) * H * rows
-    constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "KP": KP,
-        "BV": tile.BV,
-        "GATE": gate,
-        "PACKED": bounds is not None,
-        "HAS_FIRST": first is not None,
-        "HAS_LAST": last is not None,
-        "UNIT": unit,
-    }
-    if programs:
+    layouts = tuple(None if x is None else x.stride() for x in (q, k, v, g, first, last))
+    plan = _plan(gate, rows, H, K, V, bounds is not None, layouts, q.device)
+    if plan.programs:
         tensors = (q, k, v, g, o, first, last, bounds)
-        gla_launch.launch(recurrent_kernel, programs, tensors, (scale, T, *strides), constants, tile)
+        numbers = (scale, T, *plan.strides)
+        gla_launch.launch(recurrent_kernel, plan.programs, tensors, numbers, plan.constants, plan.tile)
 
 
-def _strides(gate, q, k, v, g, first, last) -> tuple[list[int], int]:
-    """The kernel's STRIDES and the unit that they are in; those of a gate a head are elements."""
-    gates = g.stride()[:3] if gate in (gla_launch.HEAD, gla_launch.CHANNEL) else (0, 0, 0)
-    rows = [s for x in (q, k, v) for s in x.stride()[:3]]
-    states = [s for x in (first, last) for s in ((0, 0) if x is None else x.stride()[:2])]
-    seen = (*rows, *states, *(gates if gate == gla_launch.CHANNEL else ()))
+class Plan(NamedTuple):
+    """What a launch takes beside its tensors; `strides` are the kernel's STRIDES, in units."""
+
+    programs: int
+    constants: dict[str, int]
+    strides: tuple[int, ...]
+    tile: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(gate, rows, H, K, V, is_packed, layouts, device) -> Plan:
+    """The plan for tensors of these strides: a decoder asks again and again, and launches are short."""
+    *tokens, gates, first, last = layouts
+    gates = gates[:3] if gate in (gla_launch.HEAD, gla_launch.CHANNEL) else (0, 0, 0)
+    around = [s for x in tokens for s in x[:3]]
+    states = [s for x in (first, last) for s in (x or (0, 0))[:2]]
+    seen = (*around, *states, *(gates if gate == gla_launch.CHANNEL else ()))
     unit = 16 if all(s % 16 == 0 for s in seen) else 1
-    g_unit = 1 if gate == gla_launch.HEAD else unit
-    return [*(s // unit for s in rows), *(s // g_unit for s in gates), *(s // unit for s in states)], unit
+    g_unit = 1 if gate == gla_launch.HEAD else unit  # gates a head are read one by one, wherever they lie
+    tile, KP = recurrent_tile(K, V, rows * H, gla_launch.multiprocessors(device))
+    constants = {"H": H, "K": K, "V": V, "KP": KP, "BV": tile.BV, "GATE": gate, "PACKED": is_packed}
+    constants |= {"HAS_FIRST": first is not None, "HAS_LAST": last is not None, "UNIT": unit}
+    strides = *(s // unit for s in around), *(s // g_unit for s in gates), *(s // unit for s in states)
+    return Plan(-(-V // tile.BV) * H * rows, constants, strides, tile)
 
 
 # --- the same as operators, for what traces a program -----------------------------------------------------
