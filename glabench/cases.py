@@ -9,6 +9,7 @@ from typing import Any
 from glabench.errors import UsageError, nearest
 
 PASSES = ("fwd", "bwd", "fwd_bwd")
+DECODE = "decode"  # a pass of its own: one token a sequence, `seqlen` tokens with it
 DTYPES = ("fp32", "bf16", "fp16")
 DEFAULT_IMPLS = ("gla", "attention", "mamba", "retention")
 MAMBA_EXPAND = 2  # inner width over model width, in Mamba's and Mamba-2's published blocks
@@ -72,6 +73,11 @@ class Case:
     @property
     def tokens(self) -> int:
         return self.batch * self.seqlen
+
+    @property
+    def computed(self) -> int:
+        """Tokens that one call gives: all, or, decoding, one a sequence."""
+        return self.batch if self.passes == DECODE else self.tokens
 
     @property
     def width(self) -> int:

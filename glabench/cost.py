@@ -6,7 +6,7 @@ GLA §3 and §4 (states, chunk form); FlashAttention-2 §4 (attention FLOPs); Ma
 
 from dataclasses import dataclass
 
-from glabench.cases import Arm, Case, arm_of
+from glabench.cases import DECODE, Arm, Case, arm_of
 from glabench.errors import UsageError
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -40,22 +40,32 @@ class Floor:
     kind: str  # "bytes" or "flops"
 
 
+def flop_model(family: str, case: Case) -> str:
+    """How `flop_count` counts, in words."""
+    if case.passes != DECODE:
+        return FLOP_MODELS[family]
+    if family == "attention":
+        return "4 T d per token and head"
+    return FLOP_MODELS[family].partition(" forward")[0]
+
+
 def _check(passes: str) -> None:
-    if passes not in ("fwd", "bwd", "fwd_bwd"):
+    if passes not in ("fwd", "bwd", "fwd_bwd", DECODE):
         raise UsageError(
-            f"no cost is known for the pass {passes!r}", where="cost", fix="use fwd, bwd or fwd_bwd"
+            f"no cost is known for the pass {passes!r}", where="cost", fix="use fwd, bwd, fwd_bwd or decode"
         )
 
 
 def _sum_passes(passes: str, fwd: float, bwd: float) -> float:
     _check(passes)
-    return {"fwd": fwd, "bwd": bwd, "fwd_bwd": fwd + bwd}[passes]
+    return {"fwd": fwd, "bwd": bwd, "fwd_bwd": fwd + bwd, DECODE: fwd}[passes]
 
 
 def unavoidable_bytes(family: str, case: Case) -> float:
     """Bytes that must move through device memory: each input read once, each output written once.
 
-    `fwd_bwd` reads the inputs twice. Attention also writes and reads its 4-byte row statistic.
+    `fwd_bwd` reads the inputs twice. Attention also writes and reads its 4-byte row statistic. Decoding reads
+    and writes a state, or reads a cache and writes one token of it.
     """
     arm, e = arm_of(family, case), BYTES[case.dtype]
     k, v = arm.d_k, arm.d_v
@@ -68,7 +78,16 @@ def unavoidable_bytes(family: str, case: Case) -> float:
     else:
         gate = {"channel": k, "head": 1}.get(GATED.get(family, ""), 0)
         fwd, bwd = e * (2 * k + 2 * v + gate), e * (4 * k + 3 * v + 2 * gate)
-    return case.tokens * arm.heads * _sum_passes(case.passes, fwd, bwd)
+    moved = case.computed * arm.heads * _sum_passes(case.passes, fwd, bwd)
+    return moved + _carried_bytes(family, arm, case) if case.passes == DECODE else moved
+
+
+def _carried_bytes(family: str, arm: Arm, case: Case) -> float:
+    """Beyond a step's tokens: both ways for a state; one way for a cache, the new token's place included."""
+    carried = state_mib(family, case) * MIB
+    if family == "attention":
+        return carried - case.batch * arm.heads * 4  # a step has no row statistic
+    return 2 * carried + (arm.d_v * arm.d_k * 4 if family == "mamba" else 0)  # A is as large as a state
 
 
 def flop_count(family: str, case: Case) -> float:
@@ -88,10 +107,11 @@ def unavoidable_flop(family: str, case: Case) -> float:
 
 def _forward_flop(family: str, arm: Arm, case: Case) -> float:
     if family == "attention":
-        return case.tokens * arm.heads * 2.0 * case.seqlen * arm.d_v
+        met = 2 * case.seqlen if case.passes == DECODE else case.seqlen  # the last query meets every key
+        return case.computed * arm.heads * 2.0 * met * arm.d_v
     if family == "mamba":
-        return case.tokens * 9.0 * arm.d_v * arm.d_k
-    return case.tokens * arm.heads * 4.0 * arm.d_k * arm.d_v
+        return case.computed * 9.0 * arm.d_v * arm.d_k
+    return case.computed * arm.heads * 4.0 * arm.d_k * arm.d_v
 
 
 def floor(family: str, case: Case, ceilings: Ceilings) -> Floor:
@@ -111,7 +131,7 @@ def state_mib(family: str, case: Case) -> float:
 
 
 def inputs_mib(family: str, case: Case) -> float:
-    """The tensors handed in, the output gradient of a backward pass included."""
+    """The tensors handed in, an output gradient or what a step carries included."""
     arm, e = arm_of(family, case), BYTES[case.dtype]
     k, v, h = arm.d_k, arm.d_v, arm.heads
     if family == "attention":
@@ -123,15 +143,16 @@ def inputs_mib(family: str, case: Case) -> float:
     else:
         gate = {"channel": k, "head": 1}.get(GATED.get(family, ""), 0)
         per_token = h * (2 * k + v + gate) * e
-    d_out = 0 if case.passes == "fwd" else h * v * e
-    return case.tokens * (per_token + d_out) / MIB
+    d_out = h * v * e if case.passes in ("bwd", "fwd_bwd") else 0
+    carried = state_mib(family, case) if case.passes == DECODE else 0.0
+    return case.computed * (per_token + d_out) / MIB + carried
 
 
 def predicted_mib(family: str, case: Case) -> float:
     """Memory beyond the inputs that no implementation can do without: the output and the gradients."""
     arm, e = arm_of(family, case), BYTES[case.dtype]
-    out = case.tokens * arm.heads * arm.d_v * e / MIB
-    if case.passes == "fwd":
+    out = case.computed * arm.heads * arm.d_v * e / MIB
+    if case.passes in ("fwd", DECODE):
         return out
     gradients = inputs_mib(family, case) - out  # one a tensor; the output gradient is an input already
     return out + gradients

@@ -12,6 +12,7 @@ from glabench.figure_style import FAMILIES, memory_text, number_text, short, tok
 from glabench.results import CaseRow, MemoryRow, Row, SpeedRow, read_rows, rows_path
 
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
+DECODE = "decode"  # one token of each sequence: never in one figure with whole sequences
 BASELINES = ("attention_fa2", "attention_sdpa")
 
 
@@ -126,6 +127,10 @@ class Sheet:
         return [p for p in PASSES if p in found] + sorted(found - set(PASSES))
 
     @property
+    def is_decode(self) -> bool:
+        return self.passes == [DECODE]
+
+    @property
     def arms(self) -> list[tuple[str, str]]:
         """(impl, family) of everything that could run here, in a fixed order."""
         order = list(FAMILIES)
@@ -160,10 +165,12 @@ def sheets(rows: Sequence[Any]) -> list[Sheet]:
     groups: dict[tuple, list[Any]] = {}
     for r in rows:
         sizes = (r.heads, r.d_k, r.d_v, r.head_dim)
-        groups.setdefault((r.shape, r.dtype, *sizes, r.causal, r.packed), []).append(r)
+        kind = (r.causal, r.packed, r.passes == DECODE)
+        groups.setdefault((r.shape, r.dtype, *sizes, *kind), []).append(r)
     found: list[Sheet] = []
     for group in groups.values():
-        grids = split_grids({(r.batch, r.seqlen) for r in group})
+        points = {(r.batch, r.seqlen) for r in group}
+        grids = split_batches(points) if group[0].passes == DECODE else split_grids(points)
         for grid in grids:
             mine = tuple(r for r in group if (r.batch, r.seqlen) in grid)
             batches, is_fixed = batch_text(grid)
@@ -198,6 +205,11 @@ def split_grids(points: set[tuple[int, int]]) -> list[set[tuple[int, int]]]:
         grids.append(best)
         left -= best
     return grids
+
+
+def split_batches(points: set[tuple[int, int]]) -> list[set[tuple[int, int]]]:
+    """One set a batch: a step of 64 sequences is no point of a step of one."""
+    return [{p for p in points if p[0] == batch} for batch in sorted({b for b, _ in points})]
 
 
 def batch_text(points: set[tuple[int, int]]) -> tuple[str, bool]:

@@ -36,6 +36,7 @@ FORMS = {  # what stands after the family in an id: its line style, the same in 
     "": 0, "chunk": 0, "ssm": 0, "fa2": 0,
     "chunk_fla": 1, "sdpa": 1, "torch": 1, "chunk_torch": 2, "fa4": 2, "cudnn": 3, "recurrent": 3,
     "chunk_materialised": 4, "chunk_recompute": 5,
+    "step": 0, "step_ssm": 0, "step_fla": 1, "step_torch": 2, "cached_fa2": 0, "cached_sdpa": 1,
 }  # fmt: skip
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same widths everywhere

@@ -1,4 +1,5 @@
-"""CSV -> figures, SVG and PNG: time, speed-up, memory and time over the floor, against sequence length.
+"""CSV -> figures, SVG and PNG: time, speed-up, memory and time over the floor, against sequence length; and
+a step of decoding against the context.
 
 Each figure says under itself what made it and how its arms differ. Never imports torch.
 """
@@ -66,7 +67,9 @@ def render(folder: Path, out: Path, formats: Sequence[str] = FORMATS) -> list[Pa
 def render_part(part: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw one suite and device's figures into `out`. Raises ResultsError."""
     written: list[Path] = []
-    jobs = [(draw, s) for s in sheets(part.speed) for draw in (draw_time, draw_speedup, draw_floor)]
+    speed = sheets(part.speed)
+    whole = (draw_time, draw_speedup, draw_floor)
+    jobs = [(draw, s) for s in speed for draw in ((draw_decode,) if s.is_decode else whole)]
     jobs += [(draw_memory, s) for s in sheets(part.memory)]
     for draw, sheet in jobs:
         if draw is draw_speedup and sheet.baseline() is None:
@@ -202,7 +205,8 @@ def _name_of_one(axis: Axis, sheet: Sheet) -> Series:
 
 def _length_label(page: Page, box: Box, sheet: Sheet) -> None:
     left, top, width, height = box
-    page.text(left + width / 2, top + height + 19, f"sequence length, tokens ({sheet.batches})", ha="center")
+    length = "context" if sheet.is_decode else "sequence length"
+    page.text(left + width / 2, top + height + 19, f"{length}, tokens ({sheet.batches})", ha="center")
 
 
 def _head(page: Page, title: str, sheet: Sheet, results: Results) -> None:
@@ -218,6 +222,38 @@ def _footer(sheet: Sheet, results: Results, notes: list[str]) -> Footer:
     looks = fs.looks(sheet.arms)
     sentences = [*provenance(results, sheet.rows), *notes, *what_is_missing(results, sheet)]
     return Footer(sentences, heading, [(looks[cells[0]], cells) for cells in table])
+
+
+def draw_decode(sheet: Sheet, results: Results) -> Any:
+    """Figure of the time of one step against the context, and of what the step carries on."""
+    (passes,) = sheet.passes
+    times = series_of(sheet, passes, lambda row: (row.time_ms, row.time_lo_ms, row.time_hi_ms))
+    states = series_of(sheet, passes, lambda row: (row.state_mib, None, None))
+    for one in states:  # known by shape, whether or not the step ran
+        one.failed, one.hollow = [], [False] * len(one.x)
+    panels = [Panel("time decode", "time a token", times), Panel("state decode", "state or cache", states)]
+    axes = (Axis(fs.time_text, fs.decade_ticks), Axis(fs.memory_text, fs.binary_ticks))
+    names = names_width(panels) + 6
+    width = (fs.WIDTH_PT - 2 * fs.EDGE_PT - 2 * fs.TICK_ROOM_PT - names) / 2
+    height = max(165.0, len(sheet.arms) * fs.LABEL_PT + 8)
+    step = TITLE_PT + strip_height(panels) + height + TICKS_PT
+    note = (
+        "One layer, one token of each sequence: a state is read and written, a key-value cache is read and "
+        "the token written into it. Right: what is kept between steps, all sequences."
+    )
+    foot = _footer(sheet, results, [*how_timed(sheet.rows), note])
+    page = Page(HEAD_PT + step + 20 + foot.height)
+    _head(page, "Decoding, one step", sheet, results)
+    left = fs.EDGE_PT + fs.TICK_ROOM_PT
+    for number, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
+        at = left + number * (width + names + fs.TICK_ROOM_PT)
+        box = (at, HEAD_PT + step - TICKS_PT - height, width, height)
+        drawn = draw_panel(page, panel, box, axis, common_limits([panel], axis), sheet.seqlens)
+        if panel.drawn() and not number:
+            name_lines(page, drawn, panel.drawn(), box)
+        _length_label(page, box, sheet)
+    foot.draw(page, HEAD_PT + step + 20)
+    return page.figure
 
 
 def draw_memory(sheet: Sheet, results: Results) -> Any:

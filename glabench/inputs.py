@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glabench.cases import Arm, Case, arm_of, choose
+from glabench.cases import DECODE, Arm, Case, arm_of, choose
 from glabench.errors import UsageError
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,13 +25,14 @@ def make_inputs(
     Shapes: q, k, v, gla's g [B, T, H, D]; simple_gla's g [B, T, H]; mamba x, dt [B, T, E] and B, C
     [B, T, N], stored [B, E, T] and [B, N, T] as the Mamba block keeps them; mamba2 x [B, T, H, P],
     dt [B, T, H], B, C [B, T, 1, N]; A and D, float32.
+    Decoding, T is 1 whatever the case's length: the tokens before are in `make_carried`.
     `regime` sets the gates (REGIMES): "trained" is logsigmoid(randn) / 16, for dt log-uniform in 1e-3..1e-1.
     Raises: UsageError.
     """
     choose(regime, REGIMES, "gate regime", "inputs")
     draw = _Draw(device, seed)
     arm, dtype = arm_of(family, case), TORCH_DTYPES[case.dtype]
-    batch, T = case.batch, case.seqlen
+    batch, T = case.batch, 1 if case.passes == DECODE else case.seqlen
     if family == "mamba":
         tensors = _mamba(draw, arm, batch, T, regime)
     elif family == "mamba2":
@@ -64,15 +65,30 @@ def make_state(family: str, case: Case, device: str, seed: int, rows: int | None
     return _Draw(device, seed).normal(rows, *shape)
 
 
+def make_carried(family: str, case: Case, device: str, seed: int) -> dict[str, Tensor]:
+    """What a step carries on and may change: the state, or the key-value cache with its last place free.
+
+    Shapes: state as make_state's; k_cache, v_cache [B, T, H, D] in the case's dtype, their last token zero.
+    """
+    if family in STATE_FAMILIES:
+        return {"state": make_state(family, case, device, seed)}
+    arm, draw = arm_of(family, case), _Draw(device, seed)
+    shape, dtype = (case.batch, case.seqlen, arm.heads, arm.d_v), TORCH_DTYPES[case.dtype]
+    caches = {name: draw.normal(*shape, dtype=dtype) for name in ("k_cache", "v_cache")}
+    for cache in caches.values():
+        cache[:, -1] = 0
+    return caches
+
+
 class _Draw:
-    """Random float32 tensors on a device, from one seed."""
+    """Random tensors on a device, float32 unless said otherwise, from one seed."""
 
     def __init__(self, device: str, seed: int) -> None:
         self.device = torch.device(device)
         self.source = torch.Generator(self.device).manual_seed(seed)
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, generator=self.source)
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=self.device, generator=self.source)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(*shape, device=self.device).uniform_(low, high, generator=self.source)

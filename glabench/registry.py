@@ -57,7 +57,9 @@ class Implementation:
     `load()` returns the callable: `fn(*tensors, **options) -> out` or `(out, final_state)`, the
     tensors in the family's order and its layouts (docs/ARCHITECTURE.md, "Contracts"). Options are
     passed only where `features` names them: "state" (initial_state, output_final_state), "varlen"
-    (cu_seqlens) and "scale". `limits(case, device)` gives a reason a case is unsupported, or None;
+    (cu_seqlens) and "scale". A step, of the pass "decode", takes one token and what is carried, which it may
+    change in place: `step(*tensors, *carried) -> out` or `(out, new state)`.
+    `limits(case, device)` gives a reason a case is unsupported, or None;
     `case` is a dict of Case's fields, `device` "cpu" or "cuda".
     """
 
@@ -96,7 +98,11 @@ class Implementation:
         """Why `case` (a dict of Case's fields) is outside what this computes, or None."""
         if case["dtype"] not in self.dtypes:
             return f"dtype {case['dtype']} is not among {', '.join(self.dtypes)}"
-        if case["passes"] != "fwd" and "bwd" not in self.passes:
+        if case["passes"] == "decode" and "decode" not in self.passes:
+            return "takes no single token with a state"
+        if case["passes"] != "decode" and "fwd" not in self.passes:
+            return "takes one token with a state, no sequence: glabench decode measures it"
+        if case["passes"] in ("bwd", "fwd_bwd") and "bwd" not in self.passes:
             return "no backward pass"
         return self.limits(case, device.split(":")[0]) if self.limits else None
 
@@ -252,6 +258,7 @@ def from_file(spec: str, family: str | None) -> Implementation:
         load=functools.partial(_load_function, path, attribute),
         devices=("cpu", "cuda"),
         dtypes=("fp32", "bf16", "fp16"),
+        passes=("fwd", "bwd", "decode"),  # it is taken at its word
         source=path.name,
         path=path.resolve(),
     )
@@ -284,12 +291,13 @@ def resolve(
     *,
     where: str = "--impl",
     lenient: bool = False,
+    passes: str = "fwd",
 ) -> list[tuple[str, Implementation]]:
     """(asked, implementation) for family names, ids and files.
 
-    A family resolves to its best implementation that runs on `device`; an id or file stands for
-    itself. Raises UsageError for an unknown name, and, unless `lenient`, UnavailableError for an
-    id that cannot run.
+    A family resolves to its best implementation that runs `passes` ("fwd" or "decode") on `device`; an id
+    or file stands for itself. Raises UsageError for an unknown name, and, unless `lenient`,
+    UnavailableError for an id that cannot run.
     """
     known = implementations()
     chosen: list[tuple[str, Implementation]] = []
@@ -297,7 +305,7 @@ def resolve(
         if ".py:" in name:
             impl = from_file(name, family)
         elif name in FAMILIES:
-            impl = best(name, device)
+            impl = best(name, device, passes)
         elif name in known:
             impl = known[name]
         else:
@@ -317,10 +325,11 @@ def resolve(
     return chosen
 
 
-def best(family: str, device: str) -> Implementation:
-    """The family's most preferred implementation that runs on `device`. Raises UnavailableError."""
+def best(family: str, device: str, passes: str = "fwd") -> Implementation:
+    """The family's most preferred implementation that runs `passes` on `device`. Raises UnavailableError."""
     arms = sorted(
-        (i for i in implementations().values() if i.family == family), key=lambda i: (i.preference, i.id)
+        (i for i in implementations().values() if i.family == family and passes in i.passes),
+        key=lambda i: (i.preference, i.id),
     )
     for impl in arms:
         if impl.unavailable(device) is None:

@@ -159,7 +159,9 @@ def _figure(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     kind, _, name = path.stem.partition("_")
     words = {"time": "Time", "speedup": "Speed-up", "floor": "Time over the floor", "memory": "Memory"}
-    alt = f"{words.get(kind, kind)} against sequence length: {name}"
+    words |= {"decode": "Time of one token, and what is kept between tokens,"}
+    length = "context" if kind == "decode" else "sequence length"
+    alt = f"{words.get(kind, kind)} against {length}: {name}"
     if kind == "loss":
         alt = "Loss against tokens"
     return f'<figure><img alt="{text(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'

@@ -102,4 +102,30 @@ def test_every_family_has_costs_that_grow_with_the_work():
 
 def test_an_unknown_pass_is_an_error():
     with pytest.raises(UsageError, match="no cost is known"):
-        cost.unavoidable_bytes("gla", replace(case("340m"), passes="decode"))
+        cost.unavoidable_bytes("gla", replace(case("340m"), passes="backwards"))
+
+
+def step(shape, context, batch=64):
+    return replace(case(shape, passes="decode"), batch=batch, seqlen=context)
+
+
+def test_a_step_reads_and_writes_a_state_or_reads_a_cache():
+    state = 64 * 4 * 128 * 256 * 4
+    tokens = 64 * 4 * (3 * 128 + 2 * 256) * 2
+    assert cost.unavoidable_bytes("gla", step("340m", 1024)) == 2 * state + tokens
+    assert cost.unavoidable_bytes("gla", step("340m", 65536)) == 2 * state + tokens
+    cache = 64 * 4096 * 2 * 1024 * 2
+    assert cost.unavoidable_bytes("attention", step("340m", 4096)) == cache + 64 * 4 * 1024 * 2
+    assert cost.state_mib("attention", step("340m", 4096)) == cache / 2**20
+    assert cost.flop_count("gla", step("340m", 4096)) == 64 * 4 * 4 * 128 * 256
+    assert cost.flop_count("attention", step("340m", 4096)) == 64 * 4 * 4096 * 1024
+    assert cost.predicted_mib("attention", step("340m", 4096)) == 64 * 1024 * 2 / 2**20
+    assert cost.inputs_mib("attention", step("340m", 4096)) == (cache + 64 * 3 * 1024 * 2) / 2**20
+    assert cost.flop_model("attention", step("340m", 4096)) == "4 T d per token and head"
+    assert cost.flop_model("gla", step("340m", 4096)) == "4 dk dv per token and head"
+
+
+def test_mambas_step_reads_its_rates_as_well():
+    once = 2048 * 16 * 4
+    per_row = 2 * once + 2 * (3 * 2048 + 2 * 16)
+    assert cost.unavoidable_bytes("mamba", step("340m", 1024)) == 64 * per_row + once

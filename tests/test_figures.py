@@ -52,6 +52,30 @@ def test_a_line_is_the_rows_times_and_breaks_where_a_cell_failed(few):
     assert math.isnan(line(axes(figure, "time fwd"), "mamba_torch").get_ydata()[3])
 
 
+def test_a_step_is_drawn_with_what_it_keeps_and_apart_from_sequences(tmp_path):
+    arms = {"gla_step": "gla", "attention_cached_fa2": "attention"}
+    rows = [
+        speed(c, i, f, "oom" if (f, c.seqlen) == ("attention", 8192) else "ok", state_mib=c.seqlen / 64)
+        for c in cases(passes=("decode",))
+        for i, f in arms.items()
+    ]
+    rows += [speed(c, "gla_chunk", "gla") for c in cases(passes=("fwd",))]
+    results = load(write(tmp_path, rows))
+    whole, steps = sorted(sheets(results.speed), key=lambda s: s.is_decode)
+    assert {r.impl for r in whole.rows} == {"gla_chunk"} and {r.impl for r in steps.rows} == set(arms)
+    with fs.style():
+        figure = figures.draw_decode(steps, results)
+    for impl in arms:
+        mine = steps.of(impl, "decode")
+        times = line(axes(figure, "time decode"), impl).get_ydata()
+        assert [None if math.isnan(v) else v for v in times] == [r.time_ms for r in mine]
+        states = line(axes(figure, "state decode"), impl).get_ydata()
+        assert list(states) == [r.state_mib for r in mine]  # known where the step failed, too
+    assert "oom" in {t.get_text() for t in texts(figure)}
+    names = {p.name for p in figures.render(tmp_path, tmp_path / "out", ("svg",))}
+    assert {n.partition("_")[0] for n in names} == {"decode", "time", "floor"}
+
+
 def test_the_band_is_the_interval(few):
     figure, sheet = drawn(figures.draw_time, few)
     bands = axes(figure, "time fwd").collections

@@ -17,7 +17,7 @@ from glabench.models import (
     catalog,
 )
 from glabench.models.language import CACHE
-from glabench.models.mixer import in_parts, layer_for
+from glabench.models.mixer import in_parts, layer_for, step_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAPER = {  # the released configurations' counts; Mamba's and RetNet's at 340M as the paper's tables call them
@@ -182,6 +182,31 @@ def test_our_kernels_give_the_plain_forms_logits(kind):
         found[form] = out.logits.detach(), getattr(out, CACHE).states[-1].detach()
     for got, want in zip(found["chunk"], found["chunk_torch"], strict=True):
         assert difference(got, want) < 0.03  # bf16 through two layers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{"gate": g} for g in ("channel", "scalar", "none")] + ["retnet"], ids=str)
+def test_our_step_gives_the_whole_sequences_logits(kind):
+    model = small(kind, hidden_size=128, intermediate_size=256).to("cuda", torch.bfloat16)
+    model.config.implementation = f"{model.config.family}_chunk_torch"
+    ids = tokens(length=20).cuda()
+    with torch.no_grad():
+        state, parts = getattr(model(ids[:, :10], use_cache=True), CACHE), []
+        assert step_for(model.config, model.lm_head.weight, state.states[0]) is not None
+        for t in range(10, 20):
+            before = state.states[0].clone()
+            out = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            assert torch.equal(before, state.states[0])
+            parts.append(out.logits)
+            state = getattr(out, CACHE)
+        want = model(ids).logits[:, 10:]
+    assert difference(torch.cat(parts, 1), want) < 0.03  # bf16 through two layers
+
+
+def test_a_step_goes_to_the_kernel_on_a_gpu_alone():
+    config = GLAConfig(**SMALL)
+    with torch.no_grad():
+        assert step_for(config, torch.zeros(1), torch.zeros(1)) is None
 
 
 def test_wide_values_in_parts_are_the_whole():

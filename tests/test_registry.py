@@ -42,7 +42,7 @@ def test_every_implementation_says_why_it_cannot_run_or_runs():
         for device in ("cpu", "cuda"):
             reason = impl.unavailable(device)
             assert reason is None or (reason and "\n" not in reason)
-        assert impl.family in FAMILIES and impl.label and set(impl.passes) <= {"fwd", "bwd"}
+        assert impl.family in FAMILIES and impl.label and set(impl.passes) <= {"fwd", "bwd", "decode"}
 
 
 @pytest.mark.skipif(is_installed("flash_attn"), reason="flash-attn is installed here")
@@ -83,6 +83,16 @@ def test_unsupported_cases_have_reasons():
     assert impl.unsupported(CASE, "cuda") == "dtype fp32 is not among bf16"
     assert impl.unsupported(CASE | {"dtype": "bf16"}, "cuda") == "no backward pass"
     assert impl.unsupported(CASE | {"dtype": "bf16", "passes": "fwd"}, "cuda") is None
+
+
+def test_a_step_and_a_sequence_are_different_asks():
+    step, layer = implementations()["gla_step_torch"], implementations()["gla_chunk_torch"]
+    assert step.unsupported(CASE | {"passes": "decode"}, "cpu") is None
+    assert "glabench decode" in step.unsupported(CASE | {"passes": "fwd"}, "cpu")
+    assert "single token" in layer.unsupported(CASE | {"passes": "decode"}, "cpu")
+    assert best("gla", "cpu", "decode") is step and best("gla", "cpu") is layer
+    ((_, found),) = resolve(("attention",), "cpu", passes="decode")
+    assert found.id == "attention_cached_sdpa"
 
 
 def test_the_version_follows_the_source(tmp_path):

@@ -5,6 +5,7 @@ TRITON_PTXAS_PATH set, that assembler is used. Usage: compile_sm90.py [340m|1.3b
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_scale import scale_kernel
 from glabench.kernels.gla_state import state_kernel
+from glabench.kernels.gla_step import STRIDES, recurrent_kernel
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
@@ -37,8 +39,10 @@ KERNELS = {
     "output": output_kernel,
     "gradient": gradient_kernel,
     "exact": exact_kernel,
+    "recurrent": recurrent_kernel,
 }
 REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
+BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
 
 
 def exists(name, gate, K, BK, reverse, hard):
@@ -63,12 +67,17 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
         "scale": "fp32",
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
+        **dict.fromkeys(STRIDES, "i64"),
     }
     constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True, "GATED": gate == GATES["channel"]}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
-    absent = ["bounds", "offsets", "chunks", "first", "last", "lost"]
+    absent = ["bounds", "offsets", "chunks", "lost"]
+    if name == "recurrent":
+        constants |= {"KP": plan.BK, "HAS_FIRST": True, "HAS_LAST": True, "UNIT": 16}
+    else:
+        absent += ["first", "last"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)
@@ -109,6 +118,16 @@ def assembled(ptx):
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
 
 
+def recurrent(shape, gate, dtype):
+    """Compile the token-by-token kernel at the tile of each batch."""
+    H, K, V = SHAPES[shape]
+    for batch in BATCHES:
+        launch, KP = gla_configs.recurrent_tile(K, V, batch * H, MULTIPROCESSORS)
+        plan = dataclasses.replace(gla_configs.rule(K, V, wide=False), BK=KP)
+        made = sources("recurrent", H, K, V, GATES[gate], dtype, False, False, launch, plan)
+        report(f"{shape} {dtype} {gate} recurrent, batch {batch}", made, launch)
+
+
 def main():
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,7 +140,10 @@ def main():
         H, K, V = SHAPES[shape]
         for gate in args.gates:
             plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
-            kinds = [(n, r, h) for n in args.kernels for r in (False, True) for h in (False, True)]
+            names = [n for n in args.kernels if n != "recurrent"]
+            kinds = [(n, r, h) for n in names for r in (False, True) for h in (False, True)]
+            if "recurrent" in args.kernels:
+                recurrent(shape, gate, args.dtype)
             for name, reverse, hard in kinds:
                 if not exists(name, gate, K, plan.BK, reverse, hard):
                     continue

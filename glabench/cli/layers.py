@@ -137,6 +137,43 @@ app.command(
 
 
 @app.command(
+    short_help="Time one token against the context before it.",
+    epilog="Example: glabench decode --context 1k..64k --batch 1,64",
+)
+def decode(
+    context: Annotated[str, typer.Option(help="Tokens a sequence, the new one with them.")] = "1k..64k",
+    batch: Annotated[str, typer.Option(help="Sequences a step; default 1, on a GPU 1,64.")] = "",
+    impl: opt.Impl = "gla,attention,mamba,retention",
+    family: opt.FamilyOf = "",
+    shape: opt.ShapeName = "",
+    dtype: opt.Dtype = "",
+    device: opt.Device = "auto",
+    cell_limit: opt.CellLimit = None,
+    cold_limit: opt.ColdLimit = None,
+    out: opt.Out = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    seed: opt.Seed = 0,
+    json_: opt.Json = False,
+) -> None:
+    """Time one token with a state, or with a key-value cache, against the context before it."""
+    from glabench.runners import measuring
+
+    request = measuring.for_decode(
+        {"seqlen": context, "batch": batch, "shape": shape, "dtype": dtype},
+        argv=sys.argv[1:],
+        impl=impl,
+        family=family or None,
+        device=device,
+        limits={"cell_limit_s": cell_limit, "cold_limit_s": cold_limit},
+        out=out,
+        resume=resume,
+        seed=seed,
+    )
+    _finish(request, dry_run=dry_run, json_=json_)
+
+
+@app.command(
     short_help="Run a suite: the cells that a TOML file names.",
     epilog="Example: glabench run suites/quick.toml",
 )

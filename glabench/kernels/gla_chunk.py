@@ -101,9 +101,9 @@ def linear_attention_chunk(
 def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form):
     if form not in FORMS:
         raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
-    _check(gate, q, k, v, g, initial_state, cu_seqlens)
+    check_call(gate, q, k, v, g, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if _is_traced(q):
+    if is_traced(q):
         o, final, *_ = chunk_op(
             q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form == "recompute"
         )
@@ -112,12 +112,12 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
     return ChunkFunction.apply(*args)
 
 
-def _is_traced(q: Tensor) -> bool:
+def is_traced(q: Tensor) -> bool:
     """Whether a compiler or exporter looks on: the custom operator is opaque to it, but slower to call."""
     return torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter)
 
 
-def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
+def check_call(gate, q, k, v, g, state, cu_seqlens, state_name="initial_state") -> None:
     """Raises ShapeError naming what does not fit, UnavailableError where there is no GPU."""
     _check_inputs(q, k, v)
     if gate in (HEAD, CHANNEL):
@@ -132,9 +132,9 @@ def _check(gate, q, k, v, g, state, cu_seqlens) -> None:
         rows = cu_seqlens.shape[0] - 1
     if state is not None:
         if state.shape != (rows, *q.shape[2:], v.shape[3]):
-            raise ShapeError(f"initial_state {_of(state)} is not {[rows, *q.shape[2:], v.shape[3]]}")
+            raise ShapeError(f"{state_name} {_of(state)} is not {[rows, *q.shape[2:], v.shape[3]]}")
         if state.dtype != torch.float32:
-            raise ShapeError(f"initial_state {state.dtype} is not float32")
+            raise ShapeError(f"{state_name} {state.dtype} is not float32")
     _check_devices(q, k, v, g, state, cu_seqlens)
 
 
@@ -152,7 +152,7 @@ def _check_devices(q, *others) -> None:
         if x is not None and x.device != q.device:
             raise ShapeError(f"tensors are on {q.device} and {x.device}")
     if not q.is_cuda and not INTERPRETED:
-        raise UnavailableError(f"no kernels for {q.device}", where="gla_chunk", fix="use gla_chunk_torch")
+        raise UnavailableError(f"no kernels for {q.device}", where="device", fix="use gla_chunk_torch")
 
 
 def _of(x: Tensor) -> str:

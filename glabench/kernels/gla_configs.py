@@ -70,3 +70,16 @@ def rule(K: int, V: int, *, wide: bool) -> Plan:
 
 def _power2(width: int) -> int:
     return 1 << (width - 1).bit_length()
+
+
+def recurrent_tile(K: int, V: int, pairs: int, multiprocessors: int) -> tuple[Launch, int]:
+    """(launch, padded K) of the token-by-token kernel: a state of [padded K, BV] in registers.
+
+    4096 elements are 32 a thread of 4 warps; fewer value channels where `pairs` rows and heads would leave
+    multiprocessors idle, down to the 32 bytes that memory moves at once.
+    """
+    KP = _power2(K)
+    BV = min(64, _power2(V), max(8, 4096 // KP))
+    while BV > 8 and -(-V // BV) * pairs < multiprocessors:
+        BV //= 2
+    return Launch(BV, min(4, max(1, KP * BV // 1024)), 1), KP

@@ -96,7 +96,7 @@ def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
         return False
     programs = carry_programs(q, v, gate, chunks, reverse=False)
     programs *= segments_of(programs, chunks, q.device)
-    return programs >= CARRY_PROGRAMS * _multiprocessors(q.device)
+    return programs >= CARRY_PROGRAMS * multiprocessors(q.device)
 
 
 def carry_programs(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, reverse: bool) -> int:
@@ -125,7 +125,7 @@ def scaled(
         constants = {"H": H, "K": K, "C": plan.chunk, "BK": plan.BK, "PACKED": chunks.table is not None}
         constants["PRECISION"] = precision(q.dtype)
         tensors = (q, k, g, totals, reach, kept.q, kept.k, chunks.table)
-        _launch(
+        launch(
             scale_kernel, blocks * H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale
         )
     return kept
@@ -308,7 +308,7 @@ def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scal
     }
     tensors = (q, k, v, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
     programs = -(-V // tile.BV) * H * rows
-    _launch(carry_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    launch(carry_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
@@ -341,7 +341,7 @@ def segments_of(programs: int, chunks: Chunks, device: torch.device) -> int:
     """How many segments of a row are carried over side by side: two programs a multiprocessor, or so."""
     if chunks.table is not None or chunks.each * chunks.size < 2 * SEGMENT:
         return 1
-    return max(1, min(chunks.each * chunks.size // SEGMENT, 2 * _multiprocessors(device) // programs))
+    return max(1, min(chunks.each * chunks.size // SEGMENT, 2 * multiprocessors(device) // programs))
 
 
 def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
@@ -351,7 +351,7 @@ def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
@@ -400,7 +400,7 @@ def state_pass(
     }
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
     programs = state_programs(k, v, gate, rows)
-    _launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
@@ -418,7 +418,7 @@ def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
     }
     programs = -(-V // tile.BV) * H * chunks.rows
     tensors = (q, k, v, g, kept.reach, o, first, cu_seqlens, chunks.offsets)
-    _launch(exact_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    launch(exact_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, hard=False) -> None:
@@ -435,7 +435,7 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, har
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
     pairs = H * chunks.total
     programs = _hard_programs(pairs, q.device) if hard else -(-V // tile.BV) * pairs
-    _launch(output_kernel, programs, tensors, (scale, T, chunks.each, pairs), constants, tile)
+    launch(output_kernel, programs, tensors, (scale, T, chunks.each, pairs), constants, tile)
 
 
 def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, gate, hard=False) -> None:
@@ -453,12 +453,12 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
     pairs = H * chunks.total
     programs = _hard_programs(pairs, q.device) if hard else -(-K // plan.BK) * pairs
     numbers = (scale, T, chunks.each, B * T, pairs)
-    _launch(gradient_kernel, programs, tensors, numbers, constants, tile)
+    launch(gradient_kernel, programs, tensors, numbers, constants, tile)
 
 
 def _hard_programs(pairs: int, device: torch.device) -> int:
     """Few, since most find no hard tile among theirs."""
-    return min(pairs, HARD_PROGRAMS * _multiprocessors(device))
+    return min(pairs, HARD_PROGRAMS * multiprocessors(device))
 
 
 def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
@@ -470,7 +470,7 @@ def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
 _compiled: dict[tuple, object] = {}
 
 
-def _launch(kernel, programs, tensors, numbers, constants, tile) -> None:
+def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
     """Launch on the tensors' device; Triton's own look-up, 15 us, is taken once for each kind of call.
 
     The key holds all that Triton specialises on: types, absence and alignment, but no value of `numbers`.

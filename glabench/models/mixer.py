@@ -90,7 +90,10 @@ class LinearAttention(nn.Module):
             v = v * mask[..., None, None].to(v.dtype)  # padding adds nothing, and decays a state of zeros
         gates = self.log_gates(x)
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # which would round the state
-            if x.shape[1] == 1 and state is not None:
+            step = step_for(self.config, q, state) if x.shape[1] == 1 and state is not None else None
+            if step is not None:
+                o, state = in_parts(step, q, k, v, gates, self.config.scale, state, True)
+            elif x.shape[1] == 1 and state is not None:
                 o, state = recurrent_step(q, k, v, gates, self.config, state)
             else:
                 layer = layer_for(self.config, q, torch.is_grad_enabled())
@@ -142,6 +145,14 @@ def recurrent_step(
     return o.transpose(1, 2).to(v.dtype), state
 
 
+def value_parts(V: int, widest: int) -> int:
+    """The fewest equal parts of V values that are no wider than `widest`."""
+    parts = -(-V // widest)
+    while V % parts:
+        parts += 1
+    return parts
+
+
 def in_parts(
     layer: Callable[..., Any],
     q: Tensor,
@@ -155,9 +166,7 @@ def in_parts(
 ) -> tuple[Tensor, Tensor | None]:
     """Call the layer; values too wide for a kernel go in as more heads, each with the same q, k and gates."""
     H, V = v.shape[2:]
-    parts = -(-V // (widest or (WIDEST_VALUE if v.is_cuda else V)))
-    while V % parts:
-        parts += 1
+    parts = value_parts(V, widest or (WIDEST_VALUE if v.is_cuda else V))
     gates = () if g is None else (g,)
     if parts > 1:
         q, k, *gates = (x.repeat_interleave(parts, 2) for x in (q, k, *gates))
@@ -169,6 +178,37 @@ def in_parts(
         o = o.unflatten(2, (H, parts)).flatten(-2)
         final = None if final is None else final.unflatten(1, (H, parts)).movedim(2, -2).flatten(-2)
     return o, final
+
+
+def step_for(config: LinearAttentionConfig, q: Tensor, state: Tensor) -> Callable[..., Any] | None:
+    """The kernel that takes one token on a GPU; None where `recurrent_step` does it.
+
+    It leaves the state as it was and gives a new one, which moves as many bytes as one in place.
+    """
+    if not q.is_cuda or torch.is_grad_enabled() or state.dtype != torch.float32:
+        return None
+    parts = value_parts(config.head_v, WIDEST_VALUE)
+    shape = (config.num_heads * parts, config.head_k, config.head_v // parts)
+    name = _load_step(config.family, q.dtype, shape)
+    return None if name is None else LOADED[name]
+
+
+@torch.compiler.assume_constant_result
+def _load_step(*key: Any) -> str | None:
+    found = _chosen_step(*key)
+    if found is None:
+        return None
+    impl_id, LOADED[impl_id] = found
+    return impl_id
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen_step(
+    family: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[str, Callable[..., Any]] | None:
+    """(id, callable), or None where the kernel does not run here."""
+    impl = implementations()[f"{family}_recurrent_fused"]
+    return None if _reason(impl, _case(dtype, shape, False), "cuda") else (impl.id, impl.load())
 
 
 def layer_for(config: LinearAttentionConfig, q: Tensor, backward: bool) -> Callable[..., Any]:
@@ -190,8 +230,7 @@ def _chosen(
     name: str, family: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int], backward: bool
 ) -> tuple[str, Callable[..., Any]]:
     """(id, callable). Raises UsageError for a name of another family, UnavailableError where none runs."""
-    case = {"dtype": DTYPES.get(dtype, str(dtype)), "passes": "fwd_bwd" if backward else "fwd"}
-    case |= {"batch": 1, "seqlen": 2, "heads": shape[0], "d_k": shape[1], "d_v": shape[2]}
+    case = _case(dtype, shape, backward)
     if name != "auto":
         if ".py:" in name:  # a configuration may come with a checkpoint, and must not run code
             raise UsageError(f"{name!r} is no id", where="implementation", fix="make it an entry point")
@@ -214,6 +253,12 @@ def _chosen(
         where="implementation",
         fix="; ".join(f"{i.id}: {_reason(i, case, device)}" for i in arms),
     )
+
+
+def _case(dtype: torch.dtype, shape: tuple[int, int, int], backward: bool) -> dict[str, Any]:
+    """What is asked of an implementation, as the registry's limits read it."""
+    case = {"dtype": DTYPES.get(dtype, str(dtype)), "passes": "fwd_bwd" if backward else "fwd"}
+    return case | {"batch": 1, "seqlen": 2, "heads": shape[0], "d_k": shape[1], "d_v": shape[2]}
 
 
 def _reason(impl: Implementation, case: dict[str, Any], device: str) -> str | None:

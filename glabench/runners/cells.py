@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from glabench import ceilings, cost, footprint, inputs, measure, nvml, registry
-from glabench.cases import Case
+from glabench.cases import DECODE, Case
 from glabench.errors import UnavailableError
-from glabench.runners import checking, tuning, turns
+from glabench.runners import checking, decoding, tuning, turns
 from glabench.runners.checking import Tensors
 from glabench.worker import CellFailure, emit_phase, settle_garbage
 
@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.case.passes != "fwd"
+        return self.case.passes not in ("fwd", DECODE)
 
     def key(self, passes: str | None = None) -> tuple[str, str]:
         """This cell, or the same cell with other passes, in this process's memory of what it has run."""
@@ -91,6 +91,8 @@ def _tensors(cell: Cell, seed: int) -> Tensors:
     """Inputs and, for a backward pass, the output's gradient; derived by what the family names."""
     family, case = cell.impl.family, cell.case
     made = inputs.make_inputs(family, case, cell.device, seed)
+    if case.passes == DECODE:
+        return Tensors(made, None, {}, inputs.make_carried(family, case, cell.device, seed + 1))
     if not cell.needs_gradients:
         return Tensors(made, None, {})
     names = registry.FAMILIES[family].gradients
@@ -103,7 +105,7 @@ def _tensors(cell: Cell, seed: int) -> Tensors:
 
 def _forward(cell: Cell, tensors: Tensors) -> Tensor:
     """The output alone. Raises CellFailure where the implementation returns something else."""
-    result = cell.function(*tensors.inputs.values())
+    result = cell.function(*tensors.inputs.values(), *tensors.carried.values())
     out = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(out, Tensor):
         raise CellFailure("wrong", f"it returns {type(out).__name__}, not a tensor")
@@ -116,7 +118,7 @@ def _gradients(out: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
 
 def _call(cell: Cell, tensors: Tensors) -> Callable[[], Any]:
     """The call that is timed."""
-    if cell.case.passes == "fwd":
+    if not cell.needs_gradients:
         return lambda: _forward(cell, tensors)
     if cell.case.passes == "fwd_bwd":
         return lambda: _gradients(_forward(cell, tensors), tensors)
@@ -168,7 +170,8 @@ def prepare(args: dict[str, Any]) -> dict[str, Any]:
         with turns.turn(cell.device) as turn:
             _first_call(cell, turn)
             emit_phase("check")
-            rows = checking.choose_rows(cell.case.batch, cell.case.seqlen, args["check_tokens"], cell.seed)
+            length = decoding.compared_length(cell.impl.family, cell.case)
+            rows = checking.choose_rows(cell.case.batch, length, args["check_tokens"], cell.seed)
             begun = time.perf_counter()
             found = _check(cell, cell.seed, rows, poisoned=True)
             found["check_s"] = round(time.perf_counter() - begun, 3)
@@ -226,6 +229,16 @@ def _first(cell: Cell, spent_ms: float, record: tuning.Record) -> First:
 
 
 def _check(cell: Cell, seed: int, rows: list[int], *, poisoned: bool) -> dict[str, Any]:
+    if cell.case.passes == DECODE:
+        found = decoding.check(
+            cell.function,
+            functools.partial(_tensors, cell, seed),
+            family=cell.impl.family,
+            dtype=cell.case.dtype,
+            rows=rows,
+            poisoned=poisoned,
+        )
+        return found | {"checked_frac": len(rows) / cell.case.batch}
     return checking.check(
         functools.partial(_forward, cell),
         functools.partial(_tensors, cell, seed),

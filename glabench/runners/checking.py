@@ -6,7 +6,7 @@ Runs in a worker. Rows are batch rows, taken whole: a sequence's last token depe
 import contextlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from glabench import oracle
@@ -20,11 +20,15 @@ POSITIONS = 512
 
 @dataclass(slots=True)
 class Tensors:
-    """One call's inputs by name, the gradient of its output for a backward pass, and what to derive by."""
+    """One call's inputs by name, the gradient of its output for a backward pass, and what to derive by.
+
+    `carried` is what a step goes on from and may change: a state, or a key-value cache.
+    """
 
     inputs: dict[str, Any]
     d_out: Any
     wrt: dict[str, Any]
+    carried: dict[str, Any] = field(default_factory=dict)
 
     def all(self) -> list[Any]:
         return [*self.inputs.values(), *([] if self.d_out is None else [self.d_out])]

@@ -3,12 +3,16 @@
 from typing import Any
 
 from glabench import env, tables
+from glabench.cases import DECODE
 from glabench.errors import UnavailableError, UsageError, nearest
 from glabench.registry import FAMILIES, best, implementations
 
 
 def entries(device: str, family: str | None) -> dict[str, Any]:
-    """{"device", "families": {name: id or None}, "implementations": [...]} for `device` ("auto" allowed)."""
+    """{"device", "families", "steps", "implementations": [...]} for `device` ("auto" allowed).
+
+    `families` and `steps` hold {name: id or None}: what a family's name takes for sequences, and for a token.
+    """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"no family {family!r}", where="--family", fix=nearest(family, tuple(FAMILIES)))
     device = env.pick_device(device)
@@ -19,7 +23,8 @@ def entries(device: str, family: str | None) -> dict[str, Any]:
     )
     return {
         "device": device,
-        "families": {name: _best(name, device) for name in names},
+        "families": {name: _best(name, device, "fwd") for name in names},
+        "steps": {name: _best(name, device, DECODE) for name in names},
         "implementations": [
             {
                 "id": impl.id,
@@ -39,15 +44,15 @@ def entries(device: str, family: str | None) -> dict[str, Any]:
     }
 
 
-def _best(family: str, device: str) -> str | None:
+def _best(family: str, device: str, passes: str) -> str | None:
     try:
-        return best(family, device).id
+        return best(family, device, passes).id
     except UnavailableError:
         return None
 
 
 def show(found: dict[str, Any]) -> None:
-    first = set(found["families"].values())
+    first = {*found["families"].values(), *found["steps"].values()}
     tables.show(
         ("family", "id", "what", "dtypes", "on " + found["device"]),
         (
@@ -61,4 +66,4 @@ def show(found: dict[str, Any]) -> None:
             for arm in found["implementations"]
         ),
     )
-    tables.say("* what the family's name resolves to here")
+    tables.say("* what the family's name resolves to here, for sequences and for one token (glabench decode)")

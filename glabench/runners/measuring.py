@@ -7,6 +7,7 @@ from typing import Any
 
 from glabench import cost, env, registry, tables
 from glabench.cases import (
+    DECODE,
     DTYPES,
     PASSES,
     SHAPES,
@@ -31,6 +32,8 @@ GUESS = {
     "cpu": (cost.Ceilings(10.0, dict.fromkeys(DTYPES, 0.1)), 8.0, 0.3),
     "cuda": (cost.Ceilings(3000.0, dict.fromkeys(DTYPES, 500.0)), 5.0, 2.0),
 }
+DECODE_BATCHES = {"cpu": "1", "cuda": "1,64"}
+STEP_BUSY_S = 0.1  # steps are short: their samples, not the clock, decide how well a median is known
 
 
 def from_grid(
@@ -55,38 +58,66 @@ def from_grid(
     if grid["tokens"] or grid["batch"]:
         tokens = parse_size(grid["tokens"], "--tokens") if grid["tokens"] else None
         batch = grid["batch"]
-    shapes = split_names(grid["shape"] or base["shape"], "shape", "--shape")
+    passes = tuple(
+        choose(p, PASSES, "pass", "--passes") for p in split_names(grid["passes"], "pass", "--passes")
+    )
     suite = Suite(
         name=verb,
         verbs=(verb,),
-        cases=make_cases(
-            shapes=tuple(SHAPES[choose(s, tuple(SHAPES), "shape", "--shape")] for s in shapes),
-            seqlens=parse_range(grid["seqlen"], "--seqlen"),
-            passes=tuple(
-                choose(p, PASSES, "pass", "--passes") for p in split_names(grid["passes"], "pass", "--passes")
-            ),
-            dtypes=tuple(
-                choose(d, DTYPES, "dtype", "--dtype")
-                for d in split_names(grid["dtype"] or base["dtype"], "dtype", "--dtype")
-            ),
-            tokens=tokens,
-            batch=batch,
-            where="--seqlen",
-        ),
+        cases=_cases(grid, base, passes=passes, tokens=tokens, batch=batch, where="--seqlen"),
         regime=_limited(base["regime"], limits),
         seed=seed,
     )
     arms = registry.resolve(split_names(impl, "implementation", "--impl"), device, family)
-    return Request(
-        suite=suite,
-        verbs=(verb,),
-        impls=tuple(i for _, i in arms),
-        asked=tuple(name for name, _ in arms),
-        device=device,
-        out=out,
-        resume=resume,
-        argv=tuple(argv),
+    return _request(suite, arms, device=device, out=out, resume=resume, argv=argv)
+
+
+def for_decode(
+    grid: dict[str, Any],
+    *,
+    argv: Sequence[str],
+    impl: str,
+    family: str | None,
+    device: str,
+    limits: dict[str, float | None],
+    out: Path | None,
+    resume: bool,
+    seed: int,
+) -> Request:
+    """A request from the options of `decode`: speed rows of one token, `seqlen` the context with it.
+
+    Raises UsageError, UnavailableError.
+    """
+    device = env.pick_device(device)
+    kind = device.split(":")[0]
+    base, cases = device_defaults(kind), []
+    for batch in parse_range(grid["batch"] or DECODE_BATCHES[kind], "--batch"):
+        how = {"passes": (DECODE,), "tokens": None, "batch": batch, "where": "--context"}
+        cases += _cases(grid, base, **how)
+    regime = replace(_limited(base["regime"], limits), min_busy_s=STEP_BUSY_S)
+    suite = Suite(name=DECODE, cases=tuple(cases), regime=regime, seed=seed)
+    names = split_names(impl, "implementation", "--impl")
+    arms = registry.resolve(names, device, family, passes=DECODE)
+    return _request(suite, arms, device=device, out=out, resume=resume, argv=argv)
+
+
+def _cases(grid: dict[str, Any], base: dict[str, Any], *, where: str, **how: Any) -> tuple[Case, ...]:
+    """The cases of a command line's lengths, shapes and dtypes."""
+    shapes = split_names(grid["shape"] or base["shape"], "shape", "--shape")
+    dtypes = split_names(grid["dtype"] or base["dtype"], "dtype", "--dtype")
+    return make_cases(
+        shapes=tuple(SHAPES[choose(s, tuple(SHAPES), "shape", "--shape")] for s in shapes),
+        seqlens=parse_range(grid["seqlen"], where),
+        dtypes=tuple(choose(d, DTYPES, "dtype", "--dtype") for d in dtypes),
+        where=where,
+        **how,
     )
+
+
+def _request(suite: Suite, arms: list[tuple[str, Implementation]], **how: Any) -> Request:
+    argv = tuple(how.pop("argv"))
+    impls, asked = tuple(i for _, i in arms), tuple(name for name, _ in arms)
+    return Request(suite=suite, verbs=suite.verbs, impls=impls, asked=asked, argv=argv, **how)
 
 
 def from_suite(
@@ -116,16 +147,7 @@ def from_suite(
             raise UnavailableError(
                 f"nothing in the suite {suite.name} runs on {device}", where=name, fix=reasons
             )
-    return Request(
-        suite=suite,
-        verbs=suite.verbs,
-        impls=tuple(i for _, i in arms),
-        asked=tuple(asked for asked, _ in arms),
-        device=device,
-        out=out,
-        resume=resume,
-        argv=tuple(argv),
-    )
+    return _request(suite, arms, device=device, out=out, resume=resume, argv=argv)
 
 
 def _of_shapes(suite: Suite, wanted: str) -> tuple[Case, ...]:
@@ -255,7 +277,10 @@ def show_rows(done: dict[str, Any]) -> None:
     for verb in dict.fromkeys(row["verb"] for row in done["rows"]):
         mine = [row for row in done["rows"] if row["verb"] == verb]
         headings, cells = (_speed_cells if verb == "speed" else _memory_cells)()
-        first = ("implementation", "shape", "passes", "batch", "seqlen", "dtype", *headings, "status")
+        length = "seqlen"
+        if all(row["passes"] == DECODE for row in mine):
+            length, headings, cells = "context", ("state MiB", *headings), (_state_cell, *cells)
+        first = ("implementation", "shape", "passes", "batch", length, "dtype", *headings, "status")
         tables.show(
             first,
             (
@@ -271,10 +296,14 @@ def show_rows(done: dict[str, Any]) -> None:
                 )
                 for r in mine
             ),
-            right=("batch", "seqlen", *headings),
+            right=("batch", length, *headings),
         )
     counts = ", ".join(f"{n} {status}" for status, n in done["counts"].items()) or "nothing left to measure"
     tables.say(f"{counts}; rows in {done['folder']}")
+
+
+def _state_cell(row: dict[str, Any]) -> str:
+    return tables.number(row["state_mib"])
 
 
 def _speed_cells() -> tuple[tuple[str, ...], tuple[Callable[[dict], str], ...]]:

@@ -33,7 +33,7 @@ def base_fields(impl: Implementation, case: Case) -> dict[str, Any]:
     except UsageError:
         return fields  # the width does not divide: the row is `unsupported` and says so
     fields["state_mib"] = cost.state_mib(impl.family, case)
-    fields["flop_model"] = cost.FLOP_MODELS[impl.family]
+    fields["flop_model"] = cost.flop_model(impl.family, case)
     fields["flop_count"] = cost.flop_count(impl.family, case)
     return fields
 
@@ -90,7 +90,7 @@ def speed_row(
         floor_kind=floor.kind,
         tflop_s=keys["flop_count"] / seconds / 1e12,
         gb_s=moved / seconds / 1e9,
-        tok_s=case.tokens / seconds,
+        tok_s=case.computed / seconds,
         sm_mhz=_middle(visits, "sm_mhz"),
         temp_c=_middle(visits, "temp_c"),
         power_w=_middle(visits, "power_w"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from glabench.cases import Case
+from glabench.cases import DECODE, Case
 from glabench.registry import FAMILIES, Implementation, from_spec
 from glabench.worker import emit_phase
 
@@ -42,7 +42,7 @@ def points(impl: Implementation, device: str) -> list[dict[str, Any]]:
     """
     made = []
     for seed, (case, options) in enumerate(_candidates(impl, device)):
-        for passes in ("fwd_bwd", "fwd"):
+        for passes in ("fwd_bwd", "fwd", DECODE):
             fields = asdict(case) | {"passes": passes}
             if impl.unsupported(fields, device) is None:
                 made.append({**POINT, **options, "case": fields, "seed": seed})
@@ -111,7 +111,7 @@ def describe(point: dict[str, Any]) -> str:
     """One line that tells a point from the others."""
     case = point["case"]
     words = [f"{case['batch']}x{case['seqlen']}", f"{case['heads']} heads of {case['d_k']}x{case['d_v']}"]
-    words += [case["dtype"]] + (["forward only"] if case["passes"] == "fwd" else [])
+    words += [case["dtype"], *{"fwd": ["forward only"], DECODE: ["one token"]}.get(case["passes"], [])]
     if point["regime"] != "trained":
         words.append(f"{point['regime']} gates")
     words += [text for key, text in (("state", "states"), ("cu_seqlens", "packed")) if point[key]]
@@ -137,6 +137,8 @@ def check(args: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)  # points are small: more threads only wait for each other
     impl, function = _load(json.dumps(args["impl"], sort_keys=True))
     family, point = impl.family, args["point"]
+    if point["case"]["passes"] == DECODE:
+        return _check_step(function, family, point, args["device"])
     call = _Call(family, point, args["device"])
     with oracle.poisoned_memory():
         changed = call.changed_inputs(function)
@@ -153,9 +155,33 @@ def check(args: dict[str, Any]) -> dict[str, Any]:
     for name, gradient in want.gradients.items():
         floor = want.floors.get(name, 0.0)
         found.append(oracle.compare(name, got["gradients"].get(name), gradient, dtype, floor))
+    return _told(found)
+
+
+def _told(found: list[Any]) -> dict[str, Any]:
     reason = next((f"{e.name}: {e.reason}" for e in found if not e.ok), "")
     errors = [_entry(e.name, e.rms_ratio, e.worst_ratio, e.tol_ratio, e.ok) for e in found]
     return {"errors": errors, "reason": reason}
+
+
+def _check_step(
+    function: Callable[..., Any], family: str, point: dict[str, Any], device: str
+) -> dict[str, Any]:
+    """The same for one token with a state or a cache: the output, and the state after it."""
+    from glabench import inputs
+    from glabench.runners import checking, decoding
+
+    case, seed = Case(**point["case"]), point["seed"]
+    tensors = checking.Tensors(
+        inputs.make_inputs(family, case, device, seed, regime=point["regime"]),
+        None,
+        {},
+        inputs.make_carried(family, case, device, seed + 1),
+    )
+    rows = list(range(case.batch))
+    return _told(
+        decoding.compare(function, tensors, family=family, dtype=case.dtype, rows=rows, poisoned=True)
+    )
 
 
 def _entry(

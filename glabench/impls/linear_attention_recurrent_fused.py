@@ -1,0 +1,20 @@
+"""Linear attention, token by token in one own Triton kernel (GLA eq. 1): short sequences, inference."""
+
+from glabench.impls.gla_step import limits
+from glabench.registry import implementation
+
+
+@implementation(
+    label="Linear attention recurrent, fused (ours)",
+    passes=("fwd",),
+    dtypes=("fp32", "bf16", "fp16"),
+    needs=("torch", "triton", "cuda"),
+    features=("state", "varlen", "scale"),
+    limits=limits,
+    preference=80,
+    note="sequential over tokens: slow for long sequences; no backward pass",
+)
+def load():
+    from glabench.kernels.gla_step import linear_attention_recurrent_fused
+
+    return linear_attention_recurrent_fused
