@@ -22,6 +22,10 @@ HEAVY_FILES = {
     "corpus/manifest",
     "corpus/shards",
     "corpus/tokenizer",
+    "quality/documents",
+    "quality/intervals",
+    "quality/loading",
+    "quality/scoring",
     "training/checkpoint",
     "training/loop",
     "training/optimizer",
@@ -50,6 +54,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "meter": "",
     "corpus": "errors installed meter results",
     "training": "errors installed meter results corpus models",
+    "quality": "errors results corpus models training",
     "measure": "nvml stats",
     "ceilings": "",
     "footprint": "errors nvml",
@@ -64,7 +69,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figures": "errors figure_style figure_rows figure_panels",
     "report": "errors results figures figure_style figure_rows figure_losses",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
-    "measure ceilings footprint nvml inputs oracle models meter corpus training",
+    "measure ceilings footprint nvml inputs oracle models meter corpus training quality",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }
