@@ -66,8 +66,9 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figure_rows": "errors results figure_style",
     "figure_losses": "errors figure_style",
     "figure_panels": "figure_style",
+    "figure_extrapolate": "errors results quality figure_style figure_panels figure_rows",
     "figures": "errors figure_style figure_rows figure_panels",
-    "report": "errors results figures figure_style figure_rows figure_losses",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training quality",
     "cli": "errors runners report progress",
