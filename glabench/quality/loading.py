@@ -86,6 +86,13 @@ def load(checkpoint: Checkpoint, device: str, dtype: str) -> nn.Module:
     return model
 
 
+def parameters(model: nn.Module) -> int:
+    """Parameters, a head that is tied to the embeddings once, in whatever dtype `load` holds it."""
+    head, words = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    is_copy = model.config.tie_word_embeddings and head is not words
+    return sum(p.numel() for p in model.parameters()) - is_copy * head.numel()
+
+
 def _widen_head(model: nn.Module) -> None:
     """Logits from a float32 product: in bfloat16 each loss would be rounded to 8 bits."""
     head = model.get_output_embeddings()

@@ -94,18 +94,18 @@ class Evaluation:
                 self.texts[one.tokenizer.digest] = documents.read(
                     request.data, one.tokenizer, request.tokens, request.bucket, request.docs
                 )
-        if len(self.checkpoints) > 1:  # the last one's faults are told before hours go into the first one
-            for one in self.checkpoints:
-                loading.load(one, "cpu", "fp32")
+        for one in self.checkpoints[1:]:  # the last one's faults are told before hours go into the first
+            loading.load(one, "cpu", "fp32")
+        self.first = [loading.load(self.checkpoints[0], self.device, self.dtype)]
 
     def run(self) -> dict[str, Any]:
         self._open()
-        started, total = time.perf_counter(), 0
+        started = time.perf_counter()
         skipped = dict.fromkeys(t.skipped(self.request.tokens) for t in self.texts.values())
         for words in filter(None, skipped):
             self.say(words)
         for one in self.checkpoints:
-            total += self._evaluate(one)
+            self._evaluate(one)
         self.entry["finished_utc"] = env.now_utc()
         self.entry["measured"]["run_s"] = round(time.perf_counter() - started, 3)
         env.write_run(self.out, self.entry)
@@ -142,12 +142,12 @@ class Evaluation:
         self.replicate = max(0, max(seen, default=-1) + (not self.request.resume))
         env.write_run(self.out, self.entry)
 
-    def _evaluate(self, one: Any) -> int:
+    def _evaluate(self, one: Any) -> None:
         from glabench.quality import loading, scoring
 
-        model = loading.load(one, self.device, self.dtype)
+        model = self.first.pop() if self.first else loading.load(one, self.device, self.dtype)
         scorer = scoring.Scorer(model)
-        params = sum(p.numel() for p in model.parameters())
+        params = loading.parameters(model)
         protocols = ["document", *(["state_passing"] if scorer.is_recurrent else ["sliding"])]
         if not self.request.state_passing and scorer.is_recurrent:
             protocols.remove("state_passing")
@@ -155,7 +155,6 @@ class Evaluation:
             self.say(f"{one.name}: attention has no state to pass; its other rows are made")
         for protocol in protocols:
             Arm(self, one, scorer, params, protocol).run()
-        return len(protocols)
 
 
 def _check_names(found: list[Any]) -> None:
