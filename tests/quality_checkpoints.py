@@ -40,6 +40,14 @@ def extrapolate(out, *words):
     return run("extrapolate", "--out", out, "--device", "cpu", *words)
 
 
+def refused(done, *words):
+    """Whether it ended with exit code 2 and one line that has all of the words; fails with what there was."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.exit_code == 2 and len(lines) == 1, (done.stderr, done.exception)
+    assert all(word in lines[0] for word in words), lines[0]
+    return True
+
+
 def rows(out):
     with (out / "extrapolate.csv").open(newline="") as file:
         return list(csv.DictReader(file))
