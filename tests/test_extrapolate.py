@@ -12,12 +12,24 @@ from quality_checkpoints import documents, extrapolate, model_of, refused, rows,
 from safetensors.torch import load_file, save_file
 from tolerances import PIECES
 from training_calls import SAMPLE
+from transformers.cache_utils import Cache
 
 from glabench.quality import scoring
 from glabench.quality.intervals import bootstrap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# older versions of transformers keep no state of Mamba to go on from
+RECURRENT = ("gla", "retnet", *(["mamba"] if hasattr(Cache, "get_recurrent_state") else []))
+NAMES = (*RECURRENT, "transformer")
 SHORT = ("--lengths", "256..1k", "--bucket", "256")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_for_all():
+    """The threads are part of the environment that --resume compares."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def folder(tmp_path_factory):
     words = ("--data", place / "data", "--out", place / "gla", "--device", "cpu")
     done = run("train", "gla-tiny", *words, "--steps", 2, "--micro-batch", 4)
     assert done.exit_code == 0, done.stderr
-    for family in ("retnet", "mamba", "transformer"):
+    for family in NAMES[1:]:
         save(model_of(family), place / family)
     return place
 
@@ -38,7 +50,7 @@ def folder(tmp_path_factory):
 def measured(folder, tmp_path_factory):
     """The verb on all of them and two documents of the shipped sample."""
     out = tmp_path_factory.mktemp("out")
-    words = [w for f in ("gla", "retnet", "mamba", "transformer") for w in ("--ckpt", folder / f)]
+    words = [w for f in NAMES for w in ("--ckpt", folder / f)]
     done = extrapolate(out, *words, *SHORT, "--docs", 2, "--state-passing", "--json")
     assert done.exit_code == 0, (done.stderr, done.exception)
     return out, json.loads(done.stdout)
@@ -50,7 +62,7 @@ def test_every_family_has_a_row_a_bucket_and_protocol(measured):
     assert found == done["rows"] and done["bad"] == 0 and {r["status"] for r in found} == {"ok"}
     lines = dict.fromkeys((r["impl"], r["protocol"]) for r in found)
     assert list(lines) == [
-        *((name, p) for name in ("gla", "retnet", "mamba") for p in ("document", "state_passing")),
+        *((name, p) for name in RECURRENT for p in ("document", "state_passing")),
         ("transformer", "document"),
         ("transformer", "sliding"),
     ]
@@ -61,7 +73,9 @@ def test_every_family_has_a_row_a_bucket_and_protocol(measured):
             ("2", "512", "256", "1")
         }
     assert {(r["window"], r["stride"]) for r in found if r["protocol"] == "sliding"} == {("256", "128")}
-    assert {r["family"] for r in found} == {"gla", "retention", "mamba", "attention"}
+    assert {r["family"] for r in found} == {
+        {"retnet": "retention", "transformer": "attention"}.get(name, name) for name in NAMES
+    }
     run_json = json.loads((out / "run.json").read_text())["runs"]
     assert [r["id"] for r in run_json] == [found[0]["env"]] and run_json[0]["finished_utc"]
 
@@ -79,7 +93,7 @@ def test_rows_follow_from_the_losses_of_the_documents(measured):
 
 def test_passing_the_state_changes_the_second_document_and_not_the_first(measured):
     out, _ = measured
-    for name in ("gla", "retnet", "mamba"):
+    for name in RECURRENT:
         plain, passed = (
             [d["nats"] for d in documents(out) if (d["ckpt"], d["protocol"]) == (name, protocol)]
             for protocol in ("document", "state_passing")
@@ -126,7 +140,7 @@ def test_resuming_goes_on_after_the_last_document(folder, measured, tmp_path):
     (out / "documents.jsonl").write_text("".join(lines[: at + 1]) + lines[at + 1][:50])
     table = (out / "extrapolate.csv").read_text().splitlines(keepends=True)
     (out / "extrapolate.csv").write_text("".join(table[:7]) + table[7][:40])
-    words = [w for f in ("gla", "retnet", "mamba", "transformer") for w in ("--ckpt", folder / f)]
+    words = [w for f in NAMES for w in ("--ckpt", folder / f)]
     again = extrapolate(out, *words, *SHORT, "--docs", 2, "--state-passing", "--resume")
     assert again.exit_code == 0 and again.stderr.count("cut a torn last line") == 2, again.stderr
     assert without_times(rows(out)) == without_times(rows(done))
@@ -149,9 +163,8 @@ def test_flash_linear_attentions_layout_has_the_same_losses(folder, measured, tm
     words = ("--ckpt", tmp_path / "fla", "--tokenizer", "bytes", *SHORT, "--docs", 2)
     assert extrapolate(tmp_path / "out", *words).exit_code == 0
     want = [float(r["ppl"]) for r in rows(measured[0])[:4]]
-    # it begins with the configuration's own token there, and nobody recorded another
-    got = [float(r["ppl"]) for r in rows(tmp_path / "out")]
-    assert got[1:] == pytest.approx(want[1:], rel=0.02) and got[0] == pytest.approx(want[0], rel=0.05)
+    # a byte model's end of a document is also the configuration's begin: the same tokens are read
+    assert [float(r["ppl"]) for r in rows(tmp_path / "out")] == pytest.approx(want, rel=PIECES)
 
 
 def test_losses_that_are_no_numbers_are_rows_with_the_place(folder, tmp_path, monkeypatch):

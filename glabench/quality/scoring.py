@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glabench.models.config import LinearAttentionConfig
 from glabench.models.mamba import carry_states
-from glabench.training.segments import cache_name
+from glabench.training.segments import cache_name, state_of
 
 PIECE = 2048  # tokens in one forward pass, at most
 LOGIT_BYTES = 2**29  # of one piece's logits and of their logarithms, float32 both
@@ -49,7 +49,7 @@ class Scorer:
         for part, wanted in zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True):
             carried = {} if state is None else {self.cache: state}
             out = self.model(input_ids=part[None], use_cache=bool(self.piece), **carried)
-            state = out.get(self.cache) if self.piece else None
+            state = state_of(out) if self.piece else None
             losses.append(_nats(out.logits[0], wanted))
         return torch.cat(losses).cpu().numpy(), state
 
