@@ -22,7 +22,8 @@ def extrapolate(
         list[Path], typer.Option(help="A local checkpoint or a training run; give it again for more.")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="A folder of long texts; default a small sample of old books.")
+        Path | None,
+        typer.Option(help="A folder of long texts, or of prepared data; default a sample of books."),
     ] = None,
     lengths: Annotated[
         str, typer.Option(help="Ends of the buckets to report: 2k..24k (each of them), or 2k,8k,24k.")

@@ -1,6 +1,7 @@
 """Long documents: the shipped sample or a folder of text, as named token arrays of one length."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from glabench.corpus import sources
+from glabench.corpus.manifest import MANIFEST, check_tokenizer, read_manifest, verify
+from glabench.corpus.shards import INDEX_DTYPE
 from glabench.corpus.tokenizer import Tokenizer
 from glabench.errors import UsageError
 
@@ -50,15 +53,16 @@ class Documents:
 def read(folder: Path | None, words: Tokenizer, tokens: int, bucket: int, most: int | None) -> Documents:
     """At most `most` documents of at least `tokens` tokens, each cut there; the sample without a folder.
 
-    The same documents make every bucket, so that a curve shows position and nothing else. Raises:
-    UsageError where none is left.
+    A folder holds text, or what `glabench data prepare` made of it: then its validation split, where there is
+    one. The same documents make every bucket, so that a curve shows position and nothing else. Raises:
+    UsageError where none is left, or where shards have another vocabulary.
     """
     found = Documents(SAMPLE_NAME if folder is None else folder.resolve().name)
-    for name, text in _texts(folder or SAMPLE):
-        if not text.strip():
+    is_prepared = folder is not None and (folder / MANIFEST).is_file()
+    for name, ids in _prepared(folder, words) if is_prepared else _encoded(folder or SAMPLE, words, tokens):
+        if not len(ids):
             found.empty += 1
             continue
-        ids = _encode(text, words, tokens)
         found.longest = max(found.longest, len(ids))
         if len(ids) < tokens:
             found.short += 1
@@ -75,6 +79,25 @@ def read(folder: Path | None, words: Tokenizer, tokens: int, bucket: int, most: 
             fix="lower --lengths, or name longer documents with --data",
         )
     return found
+
+
+def _prepared(folder: Path, words: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """(shard and number, ids) of each document in the shards, without the token that ends it."""
+    made = read_manifest(folder)
+    verify(folder, made, contents=False)
+    check_tokenizer(made, words.describe())
+    split = "valid" if made["splits"]["valid"]["tokens"] else "train"
+    for shard in made["splits"][split]["shards"]:
+        tokens = np.memmap(folder / shard["file"], np.dtype(made["dtype"]), mode="r")
+        ends = np.fromfile(folder / shard["index"], INDEX_DTYPE).tolist()
+        for number, (start, end) in enumerate(itertools.pairwise([0, *ends]), start=1):
+            yield f"{Path(shard['file']).stem}:{number}", np.asarray(tokens[start : end - 1])
+
+
+def _encoded(folder: Path, words: Tokenizer, tokens: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, at least the first `tokens` ids where it has them) of each document of text."""
+    for name, text in _texts(folder):
+        yield name, _encode(text, words, tokens) if text.strip() else np.empty(0, np.uint32)
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, str]]:
