@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_losses, figures
+from glabench import figure_extrapolate, figure_losses, figures
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
 from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
@@ -47,7 +47,8 @@ def build(folder: Path, out: Path) -> Path:
     """
     parts, empty = _parts(folder)
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
-    if not parts and not runs:
+    lengths = figure_extrapolate.find(folder)
+    if not parts and not runs and not lengths:
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -60,9 +61,23 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(Path("training"), taken)
         picture = _figure(figure_losses.draw(runs, out / place))
         sections.append((place, f'<section id="{_anchor(place)}">\n<h2>Training</h2>{picture}</section>'))
+    for found in lengths:
+        sections += _extrapolations(found, out, taken)
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
+
+
+def _extrapolations(found: Path, out: Path, taken: set[Path]) -> Iterable[tuple[Path, str]]:
+    """A section a figure of `glabench extrapolate`: the figure, then every row."""
+    rows = figure_extrapolate.load(found)
+    for sheet in figure_extrapolate.sheets(found, rows):
+        place = _free(Path("extrapolate") / sheet.name, taken)
+        picture = _figure(figure_extrapolate.draw(sheet, out / place)[0])
+        lines = figure_extrapolate.table_rows(sheet)
+        body = f"<details><summary>Every row</summary>{table(figure_extrapolate.HEADINGS, lines)}</details>"
+        heading = f"<h2>Length extrapolation: {text(sheet.title)}</h2>"
+        yield place, f'<section id="{_anchor(place)}">\n{heading}{picture}{body}</section>'
 
 
 def find(folder: Path) -> list[Path]:

@@ -324,11 +324,14 @@ def describe(args: dict[str, Any]) -> dict[str, Any]:
     """What the device is and reaches; args: device, threads, seconds (of each ceiling)."""
     emit_phase("describe")
     torch.set_num_threads(args["threads"])
-    device = args["device"]
+    return {"ceilings": ceilings.measure(args["device"], args["seconds"]), **describe_device(args["device"])}
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """What run.json keeps of a device and of the torch that drives it; nothing is measured."""
     is_cuda = device.startswith("cuda")
     gpu, state = _describe_gpu(device) if is_cuda else (None, None)
     return {
-        "ceilings": ceilings.measure(device, args["seconds"]),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,

@@ -8,6 +8,8 @@ import torch
 
 from glabench.errors import UsageError
 
+STATE_NAMES = ("cache", "past_key_values", "cache_params")
+
 
 def segment_losses(
     model: Any, ids: torch.Tensor, segments: int, autocast: Callable[[], Any]
@@ -26,7 +28,7 @@ def segment_losses(
         yield out.loss
         if segments == 1:
             return
-        carried = detached(out.get(name))
+        carried = detached(state_of(out))
         if carried is None:
             raise UsageError(
                 "the model gives no state to carry between segments",
@@ -36,8 +38,14 @@ def segment_losses(
 
 
 def cache_name(model: Any) -> str:
-    """How the model's forward calls its state: transformers renamed `past_key_values` to `cache` in 5.x."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """How the model's forward calls its state: transformers renamed it to `cache` in 5.x, model by model."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in STATE_NAMES if name in taken), "past_key_values")
+
+
+def state_of(out: Any) -> Any:
+    """The state in a model's output, whatever this version calls it there; None where there is none."""
+    return next((out[name] for name in STATE_NAMES if out.get(name) is not None), None)
 
 
 def detached(value: Any) -> Any:

@@ -1,0 +1,74 @@
+"""The verbs that say what a trained model can do: parse, call a runner, print."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glabench.cli import options as opt
+from glabench.cli.shared import print_json, say
+from glabench.errors import DONE, RESULT_SAYS_NO
+
+app = typer.Typer()
+
+
+@app.command(
+    short_help="Perplexity by position, beyond the training length.",
+    epilog="Example: glabench extrapolate --ckpt runs/gla-tiny --ckpt runs/transformer-tiny",
+)
+def extrapolate(
+    ckpt: Annotated[
+        list[Path], typer.Option(help="A local checkpoint or a training run; give it again for more.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of long texts, or of prepared data; default a sample of books."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Ends of the buckets to report: 2k..24k (each of them), or 2k,8k,24k.")
+    ] = "2k..24k",
+    bucket: Annotated[str, typer.Option(help="Tokens a bucket of positions.")] = "2k",
+    docs: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
+    state_passing: Annotated[
+        bool, typer.Option("--state-passing", help="Also start each document from the state after the last.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a transformer's sliding window; default as trained.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="mistral, bytes, or a .model or .json file; default the checkpoint's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; default fp32 on a CPU, bf16 on a GPU.")] = "",
+    device: opt.Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the rows; default results/extrapolate/DEVICE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip the documents that are done.")] = False,
+    json_: opt.Json = False,
+) -> None:
+    """Perplexity of long documents by position, with intervals over documents, for any local checkpoint."""
+    from glabench.runners import extrapolate as runner
+
+    ends, size = runner.parse_lengths(lengths, bucket)
+    request = runner.Request(
+        checkpoints=tuple(ckpt),
+        data=data,
+        ends=ends,
+        bucket=size,
+        docs=docs,
+        window=window,
+        state_passing=state_passing,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        out=out,
+        resume=resume,
+        argv=tuple(sys.argv[1:]),
+    )
+    done = runner.run(request, say)
+    if json_:
+        print_json(done)
+    else:
+        runner.show(done)
+    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
