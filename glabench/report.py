@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_losses, figures
+from glabench import figure_losses, figures, paper_tables, score_rows
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
 from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
@@ -47,7 +47,8 @@ def build(folder: Path, out: Path) -> Path:
     """
     parts, empty = _parts(folder)
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
-    if not parts and not runs:
+    evaluated = [rows for place in paper_tables.find(folder) if (rows := score_rows.load(place))]
+    if not parts and not runs and not evaluated:
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -60,6 +61,10 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(Path("training"), taken)
         picture = _figure(figure_losses.draw(runs, out / place))
         sections.append((place, f'<section id="{_anchor(place)}">\n<h2>Training</h2>{picture}</section>'))
+    for rows in evaluated:
+        place = _free(paper_tables.place(rows), taken)
+        paper_tables.write_markdown(rows, out / place / "lm-eval.md")
+        sections.append((place, _scores(rows, place)))
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
@@ -152,6 +157,19 @@ def _section(part: Results, place: Path, pictures: Sequence[Path]) -> str:
         "</section>",
     ]
     return "\n".join(block for block in blocks if block)
+
+
+def _scores(rows: Sequence[Any], place: Path) -> str:
+    """The paper's tables with ours beside them, and every score."""
+    blocks = [f'<section id="{_anchor(place)}">\n<h2>lm-evaluation-harness on {text(rows[0].device)}</h2>']
+    for sheet in paper_tables.sheets(rows):
+        headings = (sheet.headings[0], *(f">{h}" for h in sheet.headings[1:]))
+        blocks.append(f"<h3>{text(sheet.title)}</h3>\n" + table(headings, sheet.lines))
+    blocks += [f'<p class="soft">{text(note)}</p>' for note in paper_tables.notes(rows)]
+    whole = paper_tables.scores(rows)
+    body = table(whole.headings, whole.lines)
+    blocks.append(f"<details><summary>{text(whole.title)}</summary>{body}</details>\n</section>")
+    return "\n".join(blocks)
 
 
 def _figure(path: Path) -> str:
