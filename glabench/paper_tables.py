@@ -11,9 +11,7 @@ from glabench.figure_rows import slug
 from glabench.results import write_whole
 from glabench.score_rows import ScoreRow
 
-PUBLISHED = Path(__file__).with_name(
-    "published.csv"
-)  # Yang et al., ICML 2024 (PMLR 235), the tables it names
+PUBLISHED = Path(__file__).parent / "paper" / "tables.csv"  # Yang et al., ICML 2024 (PMLR 235)
 MODELS = {"glabench_gla": "GLA", "glabench_retnet": "RetNet", "mamba": "Mamba", "llama": "Transformer++"}
 SIZES = {"340M": 340e6, "1.3B": 1.3e9}
 SAME_SIZE = 1.5  # parameters may differ by this factor and still be the published size
@@ -173,15 +171,26 @@ def notes(rows: Sequence[ScoreRow]) -> list[str]:
     """What a reader must know to read the tables."""
     if not any(r.status == "ok" for r in rows):
         return []
+    versions = ", ".join(sorted({r.harness_version for r in rows}))
     said = [
         f"± is one standard error over documents; (noise): the difference is within {LEVEL} of ours. The paper "
-        "names no version of the harness; ours is "
-        + ", ".join(sorted({r.harness_version for r in rows}))
-        + "."
+        f"names no version of the harness; ours is {versions}."
     ]
     if any(r.subset == "yes" for r in rows):
         said.append("* fewer documents than the published split: not comparable.")
-    return said
+    return said + _speedups(rows)
+
+
+def _speedups(rows: Sequence[ScoreRow]) -> list[str]:
+    """Per checkpoint, the seconds of the harness's own model class over ours, where they were compared."""
+    lines = []
+    for name in dict.fromkeys(r.checkpoint for r in rows):
+        timed = {r.task: r for r in rows if r.checkpoint == name and r.hf_answer_s and r.answer_s}
+        if timed:
+            ours, theirs = (sum(getattr(r, f) for r in timed.values()) for f in ("answer_s", "hf_answer_s"))
+            parts = ", ".join(f"{task} {r.hf_ratio:.2f}x" for task, r in timed.items())
+            lines.append(f"{name}: {theirs / ours:.2f}x as fast as the harness's own model class ({parts}).")
+    return lines
 
 
 # --- a folder of results ---------------------------------------------------------------------------------

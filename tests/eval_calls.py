@@ -10,7 +10,7 @@ import torch
 
 from glabench.models import catalog
 from glabench.models.language import LinearAttentionForCausalLM
-from glabench.quality import harness, loading, records, tasks
+from glabench.quality import harness, loading, records, tasks, vocabulary
 
 DATA = Path(__file__).parent / "data" / "eval"
 NAMES = [name for name in records.specs() if not name.endswith("_like")]
@@ -30,17 +30,20 @@ def save(folder, name="gla-tiny", scale=4.0, **fields):
     return folder
 
 
-def lms(folder, *, dtype=None, batch=4, max_length=1024):
+def lms(folder, *, dtype=torch.float32, batch=4, max_length=1024):
     """(ours, the harness's own class) over one checkpoint that reads bytes."""
-    found = loading.load(folder, tokenizer="bytes", dtype=dtype)
-    ours = harness.StateLM(found, batch=batch, max_length=max_length)
+    found = loading.describe(folder, "bytes")
+    tokenizer, adds_special = vocabulary.for_harness(found, "bytes")
+    model = loading.load(found, "cpu", "fp32").to(dtype)
+    options = {"batch": batch, "max_length": max_length, "adds_special": adds_special}
+    ours = harness.StateLM(model, tokenizer, **options)
     theirs = lm_eval.models.huggingface.HFLM(
-        pretrained=found.model,
-        tokenizer=found.tokenizer,
+        pretrained=model,
+        tokenizer=tokenizer,
         backend="causal",
         batch_size=batch,
         max_length=max_length,
-        softmax_dtype=dtype or torch.float32,
+        softmax_dtype=dtype,
         add_bos_token=False,
     )
     return ours, theirs

@@ -29,8 +29,9 @@ HEAVY_FILES = {
     "training/order",
     "training/processes",
     "training/segments",
-    "quality/loading",
     "quality/harness",
+    "quality/loading",
+    "quality/vocabulary",
 }
 ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "__init__": "",
@@ -67,7 +68,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figures": "errors figure_style figure_rows figure_panels",
     "score_rows": "results figure_rows",
     "paper_tables": "results figure_rows score_rows",
-    "quality": "errors corpus models",
+    "quality": "errors results corpus models training",
     "report": "errors results figures figure_style figure_rows figure_losses score_rows paper_tables",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training "

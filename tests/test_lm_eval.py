@@ -7,8 +7,9 @@ import pytest
 import torch
 from eval_calls import DATA
 
+from glabench.corpus import tokenizer as vocabularies
 from glabench.errors import UsageError
-from glabench.quality import harness, loading, records, tasks
+from glabench.quality import harness, loading, records, tasks, vocabulary
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -113,31 +114,23 @@ def test_errors_of_ratios_and_means_are_those_of_the_documents():
     assert made.stderr == pytest.approx(20.0 * (1 / 3) ** 0.5)
 
 
-def test_the_vocabularies_of_training_give_the_same_ids(tmp_path):
-    from glabench.corpus import tokenizer as vocabularies
-
+def test_the_vocabularies_of_training_give_the_same_ids(checkpoints):
     texts = ["Question: is it so?\nAnswer:", " two  spaces</s>", "漢字 é \t x", "no pieces:\u0001"]
     for name in ("bytes", "mistral"):
-        theirs, (ours, adds, digest) = vocabularies.load(name), loading._vocabulary(name, {})
-        assert adds is False and digest == theirs.digest and ours.eos_token_id == theirs.end
+        theirs = vocabularies.load(name)
+        ours = vocabulary._as_prepared(theirs, "")
+        assert ours.eos_token_id == theirs.end and len(ours) == theirs.vocabulary
         for text, ids in zip(texts, theirs.encode(texts), strict=True):
             assert ours.encode(text, add_special_tokens=False) == ids.tolist()
             assert ours.decode(ids.tolist()).strip() == text.strip()
 
 
-def test_the_tokenizer_of_training_is_found_and_another_refused(checkpoints, tmp_path):
-    from glabench.corpus import tokenizer as vocabularies
-
+def test_the_tokenizer_of_training_is_taken_without_being_named(tmp_path):
     folder = calls.save(tmp_path)
     record = {"tokenizer": vocabularies.load("bytes").describe()}
     (folder / "state.json").write_text(json.dumps(record))
-    assert loading.load(folder).tokenizer.encode("ab", add_special_tokens=False) == [97, 98]
-    with pytest.raises(UsageError, match="trained with the tokenizer bytes, not this mistral"):
-        loading.load(folder, tokenizer="mistral")
-    with pytest.raises(UsageError, match="32,000 entries and the model 259"):
-        loading.load(checkpoints["gla"], tokenizer="mistral")
-    with pytest.raises(UsageError, match="no tokenizer beside the weights"):
-        loading.load(checkpoints["gla"])
+    found, adds_special = vocabulary.for_harness(loading.describe(folder), "")
+    assert found.encode("ab", add_special_tokens=False) == [97, 98] and adds_special is False
 
 
 @pytest.mark.parametrize(

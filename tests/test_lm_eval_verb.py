@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from glabench import paper_tables, report, score_rows
 from glabench.cli import app
+from glabench.corpus import tokenizer
+from glabench.models import checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -118,7 +120,7 @@ def test_a_suite_without_some_data_says_which(gla, tmp_path):
         (("--tasks", "fda_like,,"), "error: no task '' (--tasks)"),
         (("--tasks", "piqa", "--dtype", "fp8"), "error: no dtype 'fp8' (--dtype)"),
         (("--tasks", "piqa", "--tokenizer", "no.json"), "error: no tokenizer 'no.json' (--tokenizer)"),
-        (("--tasks", "piqa", "--tokenizer", "mistral"), "error: the tokenizer has 32,000 entries"),
+        (("--tasks", "piqa", "--tokenizer", "mistral"), "error: the tokenizer mistral with 32,000 entries"),
     ],
 )
 def test_bad_input_is_one_line(words, message, gla, tmp_path):
@@ -148,6 +150,20 @@ def test_any_transformers_model_with_its_own_tokenizer(tmp_path):
     assert {(r["model_type"], r["max_length"], r["status"]) for r in read(tmp_path / "out")} == {
         ("gpt2", "128", "ok")
     }
+
+
+def test_other_layouts_and_training_runs_score_the_same(gla, tmp_path):
+    checkpoints.convert(gla, tmp_path / "fla", "fla")
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    shutil.copytree(gla, step)
+    state = {"tokenizer": tokenizer.load("bytes").describe(), "train": {"seqlen": 512, "segments": 1}}
+    (step / "state.json").write_text(json.dumps(state))
+    words = ["--ckpt", gla, "--ckpt", tmp_path / "fla", "--ckpt", tmp_path / "run", "--tasks", "piqa"]
+    done = lm_eval(*words, "--limit", 3, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    rows = read(tmp_path / "out")
+    assert [r["checkpoint"] for r in rows] == ["gla", "gla", "fla", "fla", "run", "run"]
+    assert [r["value"] for r in rows] == [r["value"] for r in rows[:2]] * 3
 
 
 def row(task, metric, value, stderr, **fields):

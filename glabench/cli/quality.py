@@ -20,7 +20,7 @@ app = typer.Typer()
 )
 def lm_eval(
     ckpt: Annotated[
-        list[Path], typer.Option(help="A local checkpoint's folder; may be given several times.")
+        list[Path], typer.Option(help="A local checkpoint or a training run; give it again for more.")
     ],
     tasks: Annotated[
         str, typer.Option(help="paper, recall, recall-like, or names of tasks; separated by commas.")
@@ -40,7 +40,7 @@ def lm_eval(
         int | None, typer.Option(min=2, help="Tokens of the window; default the model's training length.")
     ] = None,
     device: opt.Device = "auto",
-    dtype: opt.Dtype = "",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; default fp32 on a CPU, bf16 on a GPU.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the rows; default results/lm-eval/DEVICE.")
     ] = None,

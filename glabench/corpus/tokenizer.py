@@ -20,13 +20,14 @@ EXTRA = "pip install 'glabench[train]', or use --tokenizer bytes"
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Text -> token ids. `digest` is the sha256 of what defines the vocabulary; `end` closes a document."""
+    """Text -> token ids and back. `digest` is the vocabulary's sha256; `end` closes a document."""
 
     name: str
     digest: str
     vocabulary: int
     end: int
     encode: Callable[[Sequence[str]], list[np.ndarray]]  # one [tokens] array a text, no special tokens
+    decode: Callable[[np.ndarray], bytes]  # UTF-8; a character that the last token cuts is not the original's
 
     @property
     def dtype(self) -> np.dtype:
@@ -69,8 +70,11 @@ def _bytes() -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
+    def decode(ids: np.ndarray) -> bytes:
+        return ids[ids < END_OF_BYTES].astype(np.uint8).tobytes()
+
     digest = hashlib.sha256(b"UTF-8 bytes, then end of document = 256").hexdigest()
-    return Tokenizer("bytes", digest, END_OF_BYTES + 1, END_OF_BYTES, encode)
+    return Tokenizer("bytes", digest, END_OF_BYTES + 1, END_OF_BYTES, encode, decode)
 
 
 def _mistral_path() -> Path:
@@ -107,7 +111,11 @@ def _sentencepiece(name: str, path: Path) -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray(ids, np.uint32) for ids in model.encode(list(texts), num_threads=-1)]
 
-    return Tokenizer(name, hashlib.sha256(data).hexdigest(), model.vocab_size(), model.eos_id(), encode)
+    def decode(ids: np.ndarray) -> bytes:
+        return model.decode(ids.tolist()).encode("utf-8")
+
+    digest = hashlib.sha256(data).hexdigest()
+    return Tokenizer(name, digest, model.vocab_size(), model.eos_id(), encode, decode)
 
 
 def _tokenizers_json(path: Path) -> Tokenizer:
@@ -131,5 +139,9 @@ def _tokenizers_json(path: Path) -> Tokenizer:
         coded = model.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.uint32) for one in coded]
 
+    def decode(ids: np.ndarray) -> bytes:
+        return model.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")
+
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Tokenizer(path.name, digest, model.get_vocab_size(with_added_tokens=True), ends[0], encode)
+    vocabulary = model.get_vocab_size(with_added_tokens=True)
+    return Tokenizer(path.name, digest, vocabulary, ends[0], encode, decode)

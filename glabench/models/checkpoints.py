@@ -21,6 +21,7 @@ LAYOUTS = ("fla", "glabench")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 OURS = (GLAConfig.model_type, RetNetConfig.model_type, "llama")
+KINDS = (*OURS, *layouts.KINDS)  # the model types that `load` takes
 SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
 
 
@@ -129,7 +130,7 @@ def read_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Tens
     """All tensors of a checkpoint by our names; `config` is what read_config made. Raises UsageError."""
     folder = _folder(folder)
     tensors: dict[str, Tensor] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
@@ -183,8 +184,8 @@ def _pickled(path: Path) -> UsageError:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """The weight files; an index may name files of its own folder only."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint; an index may name files of its own folder only. Raises UsageError."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():

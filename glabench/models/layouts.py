@@ -37,6 +37,7 @@ MAMBA1, MAMBA2 = (
     ["num_heads", "head_dim", "n_groups", "chunk_size"],
 )
 ACTIVATIONS = ("swish", "silu")
+KINDS = ("gla", "retnet", "transformer", "mamba", "mamba2")  # their model types
 Fields = Mapping[str, Any]
 
 

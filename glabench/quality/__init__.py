@@ -1,1 +1,1 @@
-"""What a trained model can do: suites that run on any local checkpoint, offline."""
+"""What a trained language model can do: measured on any local checkpoint."""

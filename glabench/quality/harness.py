@@ -20,18 +20,17 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
+from torch import Tensor, nn
 
 from glabench.errors import GlabenchError
 from glabench.models import RecurrentState
 from glabench.models.language import CACHE, LinearAttentionForCausalLM
-from glabench.quality.loading import Checkpoint
 from glabench.quality.tasks import SEED
 
 LOGITS_BYTES = 4 << 30  # of one batch's log-probabilities in float32: whole windows of text keep them all
 CHECK_DOCUMENTS, CHECK_BATCH, CHECK_TOKENS = 4, 8, 8
 # nats a token between a request alone and in a batch: rounding stays below, padding read as text does not
-PADDING_NATS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+PADDING_NATS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}
 BOOTSTRAPS = 1000
 Request = tuple[Any, list[int], list[int]]  # (its text or None, context, continuation)
 
@@ -43,15 +42,17 @@ class NotFiniteError(GlabenchError):
 class PlainLM(HFLM):
     """The harness's own model class over a loaded checkpoint; counts the seconds it answers in."""
 
-    def __init__(self, checkpoint: Checkpoint, *, batch: int, max_length: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, adds_special: bool | None, batch: int, max_length: int
+    ) -> None:
         super().__init__(
-            pretrained=checkpoint.model,
-            tokenizer=checkpoint.tokenizer,
+            pretrained=model,
+            tokenizer=tokenizer,
             backend="causal",
             batch_size=batch,
             max_length=max_length,
-            softmax_dtype="float32" if checkpoint.model.dtype != torch.float64 else "float64",
-            add_bos_token=checkpoint.adds_special,
+            softmax_dtype="float32" if model.dtype != torch.float64 else "float64",
+            add_bos_token=adds_special,
         )
         self.seconds = 0.0
 
@@ -221,7 +222,7 @@ def _whole_texts(lm: StateLM, requests: list[Instance]) -> float:
 
 @torch.no_grad()
 def _generated(lm: StateLM, requests: list[Instance]) -> float:
-    """Of each chosen token, its likelihood in the padded batch against the one it has read without padding."""
+    """Of each chosen token, its likelihood in the padded batch against the one read without padding."""
     prompts = [r.args[0] for r in requests]
     ids, mask = lm.tok_batch_encode(prompts, left_truncate_len=lm.max_length - CHECK_TOKENS)
     ids, mask = ids.to(lm.device), mask.to(lm.device)

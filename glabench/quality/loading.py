@@ -1,7 +1,4 @@
-"""A local checkpoint with its tokenizer: ours, flash-linear-attention's, any transformers causal model.
-
-Local files only; no remote code; safetensors only.
-"""
+"""Any local causal language model with its tokenizer: ours, flash-linear-attention's, transformers'."""
 
 import hashlib
 import json
@@ -11,263 +8,221 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
-from glabench.corpus import tokenizer as vocabularies
-from glabench.errors import GlabenchError, UsageError
+from glabench.corpus import tokenizer as tokenizers
+from glabench.corpus.tokenizer import Tokenizer
+from glabench.errors import UsageError
 from glabench.models import checkpoints
-from glabench.models.mamba import use_chunked_scan
+from glabench.models.config import LinearAttentionConfig
+from glabench.training.checkpoint import FOLDER, STATE, find
+from glabench.training.folder import IDENTITY
 
-TRAINED = "state.json"  # beside a checkpoint of `glabench train`: which tokenizer its data had
-OTHER_LAYOUTS = {"gla", "retnet", "transformer", "mamba", "mamba2", "llama"}  # those of models.checkpoints
-DEFAULT_LENGTH = 2048  # where a configuration names none: the length the paper trains at
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECURRENT = {"mamba": "mamba", "mamba2": "mamba2"}  # transformers' model_type -> family, for the colours
+EXACT = ("A_log", "D")  # Mamba's decays and skips: bfloat16 would move a decay by half a percent
+LEAST_SHARE = 0.9  # of the model's vocabulary that a tokenizer has: the rest is padding to a round number
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model in evaluation mode on its device, and the tokenizer that fits it.
+    """A checkpoint's folder and what its files say of it; the weights are not in memory.
 
-    `adds_special` is False where the vocabulary was used without special tokens in training, None where the
-    tokenizer's own files decide. `digest` names the weights; `max_length` is what the model was trained at.
+    `train_len` is tokens a training segment, `segments` how many of them the state was carried over, where
+    known. `digest` names weights and configuration. `begin` is the token that stands before a document.
     """
 
-    label: str
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    adds_special: bool | None
+    name: str
+    folder: Path
+    family: str
     digest: str
-    tokenizer_digest: str
-    max_length: int
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+    train_len: int | None
+    segments: int | None
+    tokenizer: Tokenizer
+    begin: int
 
 
-class Pieces(PreTrainedTokenizer):
-    """A vocabulary of `data prepare` as a transformers tokenizer: the same ids for the same text."""
+def describe(folder: Path, tokenizer: str | None = None) -> Checkpoint:
+    """Read everything but the weights; a training run's folder means its newest checkpoint.
 
-    def __init__(self, split: Any, join: Any, pieces: list[str], **special: str) -> None:
-        self.split_text, self.join, self.pieces = split, join, pieces
-        self.ids = {piece: i for i, piece in enumerate(pieces)}
-        super().__init__(split_special_tokens=True, **special)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.pieces)
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self.ids)
-
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
-        return self.split_text(text)
-
-    def _convert_token_to_id(self, token: str) -> int | None:
-        return self.ids.get(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return self.pieces[index]
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.join(tokens)
-
-
-def load(
-    folder: Path, *, tokenizer: str = "", device: str = "cpu", dtype: torch.dtype | None = None
-) -> Checkpoint:
-    """The checkpoint in `folder`; `tokenizer` is a folder, a file, "mistral" or "bytes" in place of its own.
-
-    `dtype` defaults to the weights' own. Raises: UsageError for a folder that is no checkpoint, one whose
-    tensors do not fit, or a tokenizer that is missing, or has more entries than the model.
+    `tokenizer` is a name or a file as for `glabench data prepare`; by default what lies in the folder, or
+    what the run that made it recorded. Raises: UsageError.
     """
-    model = _model(folder, dtype).to(device).eval()
-    found, adds_special, digest = _tokenizer(folder, tokenizer)
-    entries = model.config.get_text_config().vocab_size
-    if len(found) > entries:
+    name = folder.resolve().name
+    if not (folder / "config.json").is_file() and (steps := find(folder)):
+        folder = steps[-1][1]
+    elif folder.resolve().parent.name == FOLDER:
+        name = f"{folder.resolve().parent.parent.name}-{name}"
+    config = _config(folder)
+    state = _json(folder / STATE)
+    words = _tokenizer(folder, state.get("tokenizer") or {}, tokenizer)
+    _check_vocabulary(config, words, folder)
+    segment, segments = _training(folder, state, config)
+    # a run of ours puts the end of a document before the next one, and no other token
+    begin = words.end if state or config.bos_token_id is None else config.bos_token_id
+    return Checkpoint(name, folder, _family(config), _digest(folder), segment, segments, words, _first(begin))
+
+
+def _first(ids: int | list[int]) -> int:
+    return ids if isinstance(ids, int) else ids[0]
+
+
+def load(checkpoint: Checkpoint, device: str, dtype: str) -> nn.Module:
+    """The model on the device in a dtype of DTYPES, for evaluation, with logits in float32.
+
+    Raises: UsageError for weights that are missing, left over, of another shape, or pickled.
+    """
+    folder = checkpoint.folder
+    model = checkpoints.load(folder) if _is_known(folder) else _from_transformers(folder)
+    exact = {n: p.float() for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] in EXACT}
+    model = model.to(DTYPES[dtype])
+    for name, value in exact.items():
+        model.get_parameter(name).data = value
+    model = model.to(device).eval()
+    if dtype != "fp32":
+        _widen_head(model)
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters, a head that is tied to the embeddings once, in whatever dtype `load` holds it."""
+    head, words = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    is_copy = model.config.tie_word_embeddings and head is not words
+    return sum(p.numel() for p in model.parameters()) - is_copy * head.numel()
+
+
+def _widen_head(model: nn.Module) -> None:
+    """Logits from a float32 product: in bfloat16 each loss would be rounded to 8 bits."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)  # no longer tied
+    if getattr(head, "bias", None) is not None:
+        head.bias = nn.Parameter(head.bias.detach().float(), requires_grad=False)
+    head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+
+
+def _is_known(folder: Path) -> bool:
+    """Whether glabench's own reader takes it: it checks more, and reads flash-linear-attention's layouts."""
+    kind = _json(folder / "config.json").get("model_type")
+    return kind in checkpoints.KINDS
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    if not folder.is_dir() or not (folder / "config.json").is_file() or _is_known(folder):
+        return checkpoints.read_config(folder)
+    where, fields = str(folder / "config.json"), _json(folder / "config.json")
+    if "auto_map" in fields:
         raise UsageError(
-            f"the tokenizer has {len(found):,} entries and the model {entries:,}",
-            where=label(folder),
-            fix="name the tokenizer that the model was trained with (--tokenizer)",
+            "the checkpoint wants to run code of its own (auto_map)",
+            where=where,
+            fix="only models that transformers itself has can be read",
         )
-    if found.eos_token_id is None and found.bos_token_id is None:
+    if fields.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
-            "the tokenizer has neither a first nor a last token", where=label(folder), fix="use --tokenizer"
+            f"no causal language model of model_type {fields.get('model_type')!r}",
+            where=where,
+            fix="name a checkpoint of glabench, flash-linear-attention or transformers",
         )
-    length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    return Checkpoint(label(folder), model, found, adds_special, weights_digest(folder), digest, length)
-
-
-def label(folder: Path) -> str:
-    """A short name for rows: the folder's, with the run's before it for a checkpoint of a training run."""
-    folder = folder.resolve()
-    if folder.parent.name == "checkpoints":
-        return f"{folder.parent.parent.name}/{folder.name}"
-    return folder.name
-
-
-def weights_digest(folder: Path) -> str:
-    """Digest of the configuration and of every weight file: names, sizes, and their first and last 64 KiB."""
-    whole = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        whole.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            whole.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            whole.update(file.read())
-    return whole.hexdigest()[:12]
-
-
-def _model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    kind = _read(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
-    if kind in ("mamba", "mamba2"):
-        use_chunked_scan()
-    if kind is None or kind in OTHER_LAYOUTS or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return checkpoints.load(folder, dtype=dtype)  # it says what is wrong with a folder that is none
-    return _transformers_model(folder, dtype)
-
-
-def _transformers_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """A causal model of any family that the installed transformers knows."""
-    if "auto_map" in _read(folder / "config.json") or not any(folder.glob("*.safetensors")):
-        return checkpoints.load(folder)  # refuses code and pickles, in its words
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(folder, **local)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (TypeError, ValueError, AttributeError, KeyError, OSError) as err:
+        raise UsageError(" ".join(str(err).split()), where=where, fix="mend config.json") from err
+
+
+def _from_transformers(folder: Path) -> nn.Module:
+    checkpoints.weight_files(folder)  # refuses pickles and missing parts in one line
+    logging.set_verbosity_error()  # what is missing is told once, by us
+    logging.disable_progress_bar()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
-            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
+            dtype="auto",
             output_loading_info=True,
-            **local,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as err:
-        text = " ".join(str(err).split())[:200]
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as err:
         raise UsageError(
-            f"cannot load the checkpoint: {text}", where=label(folder), fix="copy it anew"
+            f"the weights cannot be read: {str(err).strip().splitlines()[0]}",
+            where=str(folder),
+            fix="check config.json against the weights",
         ) from err
-    for word, key in (("missing", "missing_keys"), ("without a place", "unexpected_keys")):
-        names = sorted(map(str, report.get(key, ())))
-        if names:
+    for key, what in (("missing_keys", "are missing"), ("unexpected_keys", "have no place")):
+        if names := sorted(map(str, found.get(key) or ())):
             raise UsageError(
-                f"{len(names)} tensors are {word}, {names[0]} first",
-                where=label(folder),
+                f"{len(names)} tensors {what}, {names[0]} first",
+                where=str(folder),
                 fix="check config.json against the weights",
             )
     return model
 
 
-def _tokenizer(folder: Path, asked: str) -> tuple[PreTrainedTokenizerBase, bool | None, str]:
-    """(tokenizer, whether it adds special tokens by itself or None, its digest)."""
-    if asked and not Path(asked).is_dir():
-        return _vocabulary(asked, _trained_with(folder))
-    source = Path(asked) if asked else folder
-    if any((source / name).is_file() for name in TOKENIZER_FILES):
-        return _from_folder(source)
-    record = _trained_with(source)
-    if record.get("name") in ("bytes", "mistral"):
-        return _vocabulary(record["name"], record)
-    named = f" (its data had {record['name']})" if record.get("name") else ""
-    raise UsageError(
-        f"no tokenizer beside the weights{named}",
-        where=label(source),
-        fix="name one: --tokenizer FOLDER, FILE, mistral or bytes",
-    )
-
-
-def _trained_with(folder: Path) -> dict[str, Any]:
-    """The tokenizer that a training run of ours recorded; empty for another's checkpoint."""
-    path = folder / TRAINED
-    record = _read(path).get("tokenizer") if path.is_file() else None
-    return record if isinstance(record, dict) else {}
-
-
-def _from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, None, str]:
-    if "auto_map" in (_read(p) if (p := folder / "tokenizer_config.json").is_file() else {}):
+def _tokenizer(folder: Path, recorded: dict[str, Any], asked: str | None) -> Tokenizer:
+    """What was asked for, what lies in the folder, or what the training run recorded, in this order."""
+    beside = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if asked is None and not beside and recorded.get("name") not in ("bytes", "mistral"):
+        trained = f"it was trained with {recorded['name']}" if recorded else "no tokenizer.json, no .model"
         raise UsageError(
-            "the tokenizer wants to run code of its own (auto_map)",
-            where=label(folder),
-            fix="use --tokenizer with its tokenizer.json or .model file",
+            f"no tokenizer with the checkpoint: {trained}",
+            where=str(folder),
+            fix="name it with --tokenizer: mistral, bytes or a file",
         )
-    try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as err:  # the libraries below raise bare Exception for a file they cannot read
-        text = " ".join(str(err).split())[:160]
+    words = tokenizers.load(asked or str((beside or [recorded.get("name")])[0]))
+    if recorded and recorded.get("sha256") != words.digest:
         raise UsageError(
-            f"cannot load the tokenizer: {text}", where=label(folder), fix="use --tokenizer"
-        ) from err
-    whole = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            whole.update((folder / name).read_bytes())
-    return found, None, whole.hexdigest()
+            f"the tokenizer {words.name} is not the one the checkpoint was trained with, "
+            f"{recorded.get('name')} {str(recorded.get('sha256'))[:12]}",
+            where=str(folder),
+            fix="name that one with --tokenizer",
+        )
+    return words
 
 
-def _vocabulary(name: str, record: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, bool, str]:
-    """One that `data prepare` takes, without special tokens, as it was used there."""
-    known = vocabularies.load(name)
-    if record and record.get("sha256") != known.digest:
+def _check_vocabulary(config: PreTrainedConfig, words: Tokenizer, folder: Path) -> None:
+    rows = config.vocab_size
+    if not LEAST_SHARE * rows <= words.vocabulary <= rows:
         raise UsageError(
-            f"the model was trained with the tokenizer {record.get('name')}, not this {known.name}",
-            where="--tokenizer",
-            fix="name the file its data was prepared with",
+            f"the tokenizer {words.name} with {words.vocabulary:,} entries does not fit the model's {rows:,}",
+            where=str(folder),
+            fix="name the model's own with --tokenizer",
         )
-    if known.name == "bytes":
-        pieces = [f"<0x{i:02X}>" for i in range(256)] + ["<end>"]
-        made: PreTrainedTokenizerBase = Pieces(
-            _to_bytes, _from_bytes, pieces, eos_token="<end>", pad_token="<end>"
-        )
-    elif name.endswith(".json"):
-        import tokenizers
-
-        inner = tokenizers.Tokenizer.from_file(name)
-        made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=inner.id_to_token(known.end))
-    else:
-        made = _sentencepiece(vocabularies.sentencepiece_path(name))
-    return made, False, known.digest
 
 
-def _to_bytes(text: str) -> list[str]:
-    return [f"<0x{byte:02X}>" for byte in text.encode("utf-8")]
+def _training(folder: Path, state: dict[str, Any], config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """(tokens a segment, segments) of the run that made the folder, or the configuration's length."""
+    runs = folder.resolve().parent.parent / IDENTITY  # RUN/checkpoints/step-N; older states lack the length
+    train = state.get("train") or _json(runs).get("identity", {}).get("train", {})
+    if train:
+        return train["seqlen"], train["segments"]
+    return getattr(config, "max_position_embeddings", None), None
 
 
-def _from_bytes(pieces: list[str]) -> str:
-    return bytes(int(p[3:5], 16) for p in pieces if p.startswith("<0x")).decode("utf-8", "replace")
+def _family(config: PreTrainedConfig) -> str:
+    if isinstance(config, LinearAttentionConfig):
+        return config.family
+    return RECURRENT.get(config.model_type, "attention")
 
 
-def _sentencepiece(path: Path) -> Pieces:
-    import sentencepiece
+def _digest(folder: Path) -> str:
+    whole = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in checkpoints.weight_files(folder):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:12]
 
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    special = {"eos_token": pieces[model.eos_id()], "unk_token": pieces[model.unk_id()]}
-    return Pieces(lambda text: model.encode(text, out_type=str), model.decode, pieces, **special)
 
-
-def _read(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none. Raises UsageError for one that cannot be read."""
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError) as err:
-        raise UsageError(f"{path.name} cannot be read", where=str(path.parent), fix="copy it anew") from err
-    return found if isinstance(found, dict) else {}
-
-
-def refusal(folder: Path) -> GlabenchError | None:
-    """Why the folder is no checkpoint, from its configuration alone: asked of all before one is loaded."""
-    path = folder / "config.json"
-    try:
-        if not path.is_file() or _read(path).get("model_type") in OTHER_LAYOUTS:
-            checkpoints.read_config(folder)
-    except GlabenchError as err:
-        return err
-    return None
+        raise UsageError(
+            f"{path.name} cannot be read: {err}", where=str(path.parent), fix="copy it anew"
+        ) from err
+    return found

@@ -17,7 +17,8 @@ from glabench.results import BAD, RowFile, append_json
 from glabench.score_rows import FILE, ScoreRow, latest, unit
 
 NEEDS = ("lm_eval", "transformers", "safetensors")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = ("fp32", "bf16")
+WINDOW = 2048  # tokens, where neither the training run nor the configuration says: the paper's length
 BATCH = {"cpu": 8, "cuda": 64}
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 KEYS = {"schema": 1, "verb": "lm-eval"}
@@ -52,11 +53,14 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[Path, list[ScoreR
         if not is_installed(need):
             raise UnavailableError(f"{need} is not installed", where="glabench lm-eval", fix=INSTALL[need])
     if request.dtype and request.dtype not in DTYPES:
-        raise UsageError(f"no dtype {request.dtype!r}", where="--dtype", fix="use fp32, bf16 or fp16")
+        raise UsageError(f"no dtype {request.dtype!r}", where="--dtype", fix="use fp32 or bf16")
     device = env.pick_device(request.device)
     with _scratch(offline=request.data is not None) as scratch:
-        plans = _plan(request, scratch)
-        return _Evaluation(request, device, plans, say).run()
+        from glabench.quality import loading, vocabulary
+
+        asked = vocabulary.file_of(request.tokenizer)
+        found = [loading.describe(folder, asked) for folder in request.checkpoints]
+        return _Evaluation(request, device, found, _plan(request, scratch), say).run()
 
 
 @dataclass(slots=True)
@@ -73,14 +77,11 @@ class _Plan:
 
 def _plan(request: Request, scratch: Path) -> list[_Plan]:
     """Every task, its data checked. One that cannot be had is an error where it was named, else a row."""
-    from glabench.quality import loading, records, tasks
+    from glabench.quality import records, tasks
 
     if request.data is not None and not request.data.is_dir():
         raise UsageError(f"no folder {str(request.data)!r}", where="--tasks-from", fix="check the path")
     chosen = records.select(request.tasks, request.data)
-    for folder in request.checkpoints:
-        if (refused := loading.refusal(folder)) is not None:
-            raise refused
     known = records.specs(request.data)
     plans: list[_Plan] = []
     for name, suite in chosen:
@@ -104,8 +105,16 @@ def _plan(request: Request, scratch: Path) -> list[_Plan]:
 class _Evaluation:
     """Owns the result files of one command."""
 
-    def __init__(self, request: Request, device: str, plans: list[_Plan], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        device: str,
+        checkpoints: list[Any],
+        plans: list[_Plan],
+        say: Callable[[str], None],
+    ) -> None:
         self.request, self.device, self.plans, self.say = request, device, plans, say
+        self.checkpoints = checkpoints
         self.slug = env.device_slug(env.gpu_name(device))
         self.out = request.out or Path("results") / "lm-eval" / self.slug
         self.file = RowFile(self.out / FILE, ScoreRow)
@@ -130,8 +139,8 @@ class _Evaluation:
         self.replicate = max(0, following - 1) if self.request.resume else following
         self.done = self.file.settled(self.replicate)
         env.write_run(self.out, self.entry)
-        for folder in self.request.checkpoints:
-            self._checkpoint(folder)
+        for checkpoint in self.checkpoints:
+            self._checkpoint(checkpoint)
         self.entry["finished_utc"] = env.now_utc()
         env.write_run(self.out, self.entry)
         return self.out, latest(self.rows)
@@ -139,67 +148,60 @@ class _Evaluation:
     def _batch(self) -> int:
         return self.request.batch or BATCH[self.device.partition(":")[0]]
 
-    def _checkpoint(self, folder: Path) -> None:
-        import torch
-
-        from glabench.quality import harness, loading
+    def _checkpoint(self, checkpoint: Any) -> None:
+        from glabench.quality import harness, loading, vocabulary
 
         dtype = self.request.dtype or ("bf16" if self.device.startswith("cuda") else "fp32")
-        self.say(f"loading {loading.label(folder)}")
-        found = loading.load(
-            folder, tokenizer=self.request.tokenizer, device=self.device, dtype=getattr(torch, DTYPES[dtype])
-        )
-        self.entry["measured"]["tokenizers"][found.label] = found.tokenizer_digest
-        length = self.request.max_length or found.max_length
-        lm = harness.StateLM(found, batch=self._batch(), max_length=length)
-        plain = harness.PlainLM(found, batch=self._batch(), max_length=length)
+        length = self.request.max_length or checkpoint.train_len or WINDOW
+        self.say(f"loading {checkpoint.name}")
+        tokenizer, adds_special = vocabulary.for_harness(checkpoint, self.request.tokenizer)
+        model = loading.load(checkpoint, self.device, dtype)
+        self.entry["measured"]["tokenizers"][checkpoint.name] = checkpoint.tokenizer.digest
+        options = {"adds_special": adds_special, "batch": self._batch(), "max_length": length}
+        lm = harness.StateLM(model, tokenizer, **options)
+        plain = harness.PlainLM(model, tokenizer, **options) if self.request.compare_hf else None
+        about = {
+            "impl": getattr(model.config, "implementation", "transformers"),
+            "model_type": model.config.model_type,
+            "parameters": loading.parameters(model),
+            "special_tokens": "no" if adds_special is False else "tokenizer",
+        }
         for plan in self.plans:
-            keys = self._keys(found, plan, dtype, length)
+            keys = {**self._keys(checkpoint, plan, dtype, length), **about}
             if RowFile.key(keys) in self.done:
                 self.rows += self._stored(keys)
-                self.say(f"{found.label} {plan.name}: done before")
-                continue
-            self._task(keys, plan, lm, plain if self.request.compare_hf else None)
+                self.say(f"{checkpoint.name} {plan.name}: done before")
+            else:
+                self._task(keys, plan, lm, plain)
 
-    def _keys(self, found: Any, plan: _Plan, dtype: str, length: int) -> dict[str, Any]:
+    def _keys(self, checkpoint: Any, plan: _Plan, dtype: str, length: int) -> dict[str, Any]:
         """The columns that say which score this is; `case` is the digest of those that decide it."""
-        config, request = found.model.config, self.request
         decides = {
-            "checkpoint_digest": found.digest,
+            "checkpoint_digest": checkpoint.digest,
             "task": plan.name,
-            "num_fewshot": request.shots,
-            "limit": request.limit,
+            "num_fewshot": self.request.shots,
+            "limit": self.request.limit,
             "max_length": length,
             "data_sha": plan.data_sha,
             "dtype": dtype,
+            "harness_version": self.harness_version,
         }
-        case = env.digest(
-            {
-                **decides,
-                "tokenizer": found.tokenizer_digest,
-                "harness": self.harness_version,
-                "generation": plan.task and plan.task.config.generation_kwargs,
-            }
-        )
+        generation = plan.task.config.generation_kwargs if plan.task is not None else None
+        case = env.digest({**decides, "tokenizer": checkpoint.tokenizer.digest, "generation": generation})
         return {
             **KEYS,
             **decides,
             "case": case,
             "suite": plan.suite or "lm-eval",
-            "impl": getattr(config, "implementation", "transformers"),
             "impl_version": self.entry["glabench"],
-            "family": getattr(config, "family", config.model_type),
+            "family": checkpoint.family,
             "device": self.slug,
             "device_index": int(self.device.partition(":")[2] or 0),
             "env": self.entry["id"],
             "replicate": self.replicate,
             "seed": 0,
-            "checkpoint": found.label,
-            "model_type": config.model_type,
-            "parameters": found.parameters,
-            "harness_version": self.harness_version,
+            "checkpoint": checkpoint.name,
             "batch": self._batch(),
-            "special_tokens": "no" if found.adds_special is False else "tokenizer",
         }
 
     def _stored(self, keys: dict[str, Any]) -> list[ScoreRow]:
@@ -215,6 +217,7 @@ class _Evaluation:
         """Check, evaluate and write one task of one checkpoint; whatever fails costs this task only."""
         import time
 
+        self.say(f"{keys['checkpoint']} {plan.name} ...")
         keys, started = {**keys, "started_utc": env.now_utc()}, time.perf_counter()
         try:
             made = self._score(keys, plan, lm, plain)
@@ -345,18 +348,4 @@ def show(out: Path, rows: list[ScoreRow]) -> None:
         tables.show(sheet.headings, sheet.lines, right=sheet.headings[1:])
     for note in paper_tables.notes(rows):
         tables.say(note)
-    for line in speedups(rows):
-        tables.say(line)
     tables.say(f"in {out / FILE}")
-
-
-def speedups(rows: list[ScoreRow]) -> list[str]:
-    """Per checkpoint, the seconds of the harness's own model class over ours, where they were compared."""
-    lines = []
-    for name in dict.fromkeys(r.checkpoint for r in rows):
-        timed = {r.task: r for r in rows if r.checkpoint == name and r.hf_answer_s}
-        if timed:
-            ours, theirs = (sum(getattr(r, f) for r in timed.values()) for f in ("answer_s", "hf_answer_s"))
-            parts = ", ".join(f"{task} {r.hf_ratio:.2f}x" for task, r in timed.items())
-            lines.append(f"{name}: {theirs / ours:.2f}x the harness's own model class in all ({parts})")
-    return lines

@@ -73,6 +73,7 @@ def _run(
     if trainer.step >= config.settings.steps and state.is_main_process:
         say(f"already finished: {out}")
     extra = {"tokenizer": manifest["tokenizer"], "data": manifest["digest"], "config": config.digest()}
+    extra["train"] = {"seqlen": config.settings.seqlen, "segments": config.settings.segments}
     done = loop.fit(trainer, out, extra)
     return {"folder": str(out), **done, **_last_line(out)} if state.is_main_process else None
 
