@@ -173,8 +173,8 @@ def notes(rows: Sequence[ScoreRow]) -> list[str]:
         return []
     versions = ", ".join(sorted({r.harness_version for r in rows}))
     said = [
-        f"± is one standard error over documents; (noise): the difference is within {LEVEL} of ours. The paper "
-        f"names no version of the harness; ours is {versions}."
+        f"± is one standard error over documents; (noise): the difference is within {LEVEL} of ours. "
+        f"The paper names no version of the harness; ours is {versions}."
     ]
     if any(r.subset == "yes" for r in rows):
         said.append("* fewer documents than the published split: not comparable.")

@@ -141,6 +141,7 @@ class _Evaluation:
         env.write_run(self.out, self.entry)
         for checkpoint in self.checkpoints:
             self._checkpoint(checkpoint)
+            _release(self.device)
         self.entry["finished_utc"] = env.now_utc()
         env.write_run(self.out, self.entry)
         return self.out, latest(self.rows)
@@ -285,6 +286,17 @@ def _in_words(rows: list[ScoreRow]) -> str:
     if rows[0].status != "ok":
         return f"{rows[0].status}: {rows[0].reason}"
     return ", ".join(f"{r.metric} {tables.number(r.value)}" for r in rows)
+
+
+def _release(device: str) -> None:
+    """Give a checkpoint's memory back before the next one is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _gpu(device: str) -> dict[str, Any]:
