@@ -140,9 +140,10 @@ def _is_size(line: Published, parameters: int) -> bool:
 def _difference(ours: tuple[float, float | None, str] | None, theirs: float | None) -> str:
     if ours is None or theirs is None:
         return ""
-    value, error, _ = ours
-    noise = error is not None and abs(value - theirs) <= LEVEL * error
-    return f"{value - theirs:+.2f}" + (" (noise)" if noise else "")
+    value, error, mark = ours
+    noise = not mark and error is not None and abs(value - theirs) <= LEVEL * error
+    sign = "+" if value >= theirs else ""
+    return sign + _number(value - theirs) + (" (noise)" if noise else "")
 
 
 def _cell(ours: tuple[float, float | None, str] | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from glabench import figure_losses, figures, paper_tables, score_rows
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
-from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
+from glabench.figure_rows import Results, Sheet, device_name, load, provenance, runs_of, sheets
 from glabench.results import rows_path, write_whole
 
 FILES = tuple(rows_path(Path(), verb).name for verb in ("speed", "memory"))
@@ -47,7 +47,7 @@ def build(folder: Path, out: Path) -> Path:
     """
     parts, empty = _parts(folder)
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
-    evaluated = [rows for place in paper_tables.find(folder) if (rows := score_rows.load(place))]
+    evaluated = [found for found in paper_tables.find(folder) if _has_rows(found / score_rows.FILE)]
     if not parts and not runs and not evaluated:
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
@@ -61,10 +61,11 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(Path("training"), taken)
         picture = _figure(figure_losses.draw(runs, out / place))
         sections.append((place, f'<section id="{_anchor(place)}">\n<h2>Training</h2>{picture}</section>'))
-    for rows in evaluated:
+    for found in evaluated:
+        rows = score_rows.load(found)
         place = _free(paper_tables.place(rows), taken)
         paper_tables.write_markdown(rows, out / place / "lm-eval.md")
-        sections.append((place, _scores(rows, place)))
+        sections.append((place, _scores(found, rows, place)))
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
@@ -159,9 +160,13 @@ def _section(part: Results, place: Path, pictures: Sequence[Path]) -> str:
     return "\n".join(block for block in blocks if block)
 
 
-def _scores(rows: Sequence[Any], place: Path) -> str:
+def _scores(found: Path, rows: Sequence[Any], place: Path) -> str:
     """The paper's tables with ours beside them, and every score."""
-    blocks = [f'<section id="{_anchor(place)}">\n<h2>lm-evaluation-harness on {text(rows[0].device)}</h2>']
+    part = Results(found, tuple(rows), (), runs_of(found / "run.json"))  # who made them is told as of times
+    where = device_name(part.run_of(rows[-1].env), rows[-1].device)
+    blocks = [f'<section id="{_anchor(place)}">\n<h2>lm-evaluation-harness on {text(where)}</h2>']
+    blocks += [f'<p class="soft">{text(line)}</p>' for line in provenance(part, rows)]
+    blocks.append(_commands(part))
     for sheet in paper_tables.sheets(rows):
         headings = (sheet.headings[0], *(f">{h}" for h in sheet.headings[1:]))
         blocks.append(f"<h3>{text(sheet.title)}</h3>\n" + table(headings, sheet.lines))

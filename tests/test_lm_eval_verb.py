@@ -50,7 +50,7 @@ def test_every_task_of_the_paper_from_local_files(gla, tmp_path):
     assert {r["task"] for r in rows if r["shared_contexts"] == "yes"} == {
         "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "boolq", "copa", "sciq",
     }  # fmt: skip
-    kept = [json.loads(line) for line in (out / "documents.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (out / "lm-eval-documents.jsonl").read_text().splitlines()]
     accuracy = next(r for r in rows if (r["task"], r["metric"]) == ("piqa", "acc"))
     outcomes = next(k["documents"]["acc,none"] for k in kept if k["task"] == "piqa")
     assert float(accuracy["value"]) == sum(outcomes) / len(outcomes)
@@ -61,6 +61,15 @@ def test_every_task_of_the_paper_from_local_files(gla, tmp_path):
     assert "Table 3 of the paper" in page and "GLA 340M" in page
     written = (tmp_path / "page" / "lm-eval" / "cpu" / "lm-eval.md").read_text()
     assert "## Table 3 of the paper\n\n| model | fda | swde | squad |\n" in written
+
+
+def test_weights_of_16_bits_keep_a_float32_head(gla, tmp_path):
+    words = ("--tasks", "piqa,wikitext,fda", "--dtype", "bf16", "--compare-hf", "--out", tmp_path)
+    done = lm_eval("--ckpt", gla, *words)
+    assert done.exit_code == 0, done.stdout
+    rows = read(tmp_path)
+    assert [r["value"] for r in rows] == [r["hf_value"] for r in rows] and len(rows) == 6
+    assert {r["dtype"] for r in rows} == {"bf16"}
 
 
 def test_resume_does_what_is_missing(gla, tmp_path):
@@ -204,9 +213,10 @@ def test_the_difference_from_the_paper_and_whether_it_is_noise():
 
 
 def test_other_sizes_families_and_subsets_are_told_apart():
-    small = row("piqa", "acc", 0.6, 0.01, parameters=30_000_000, subset="yes")
+    small = row("piqa", "acc", 0.64, 0.01, parameters=30_000_000, subset="yes")
     (sheet,) = paper_tables.sheets([small])
-    assert sheet.lines[0][4] == "60.00* ± 1.00" and sheet.lines[2][0] == "difference (other size)"
+    assert sheet.lines[0][4] == "64.00* ± 1.00" and sheet.lines[2][0] == "difference (other size)"
+    assert sheet.lines[2][4] == "-0.80"  # published: 64.8; of a subset no difference is called noise
     (sheet,) = paper_tables.sheets([row("piqa", "acc", 0.6, 0.01, family="retention")])
     assert len(sheet.lines) == 1  # an ablation of GLA has no line in the paper's tables
     assert any("not comparable" in note for note in paper_tables.notes([small]))

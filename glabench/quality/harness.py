@@ -45,6 +45,8 @@ class PlainLM(HFLM):
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, adds_special: bool | None, batch: int, max_length: int
     ) -> None:
+        head = model.get_output_embeddings()
+        weight = head.weight
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -54,6 +56,7 @@ class PlainLM(HFLM):
             softmax_dtype="float32" if model.dtype != torch.float64 else "float64",
             add_bos_token=adds_special,
         )
+        head.weight = weight  # it ties them again; beside 16-bit embeddings the head is float32 (loading)
         self.seconds = 0.0
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -74,6 +74,10 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as err:  # the libraries below raise bare Exception for a file they cannot read
         text = " ".join(str(err).split())[:160]
         raise UsageError(f"cannot load the tokenizer: {text}", where=str(folder), fix="mend it") from err
+    if not isinstance(found, PreTrainedTokenizer | PreTrainedTokenizerFast):
+        raise UsageError(
+            f"the harness cannot use a {type(found).__name__}", where=str(folder), fix="add a tokenizer.json"
+        )
     if found.eos_token_id is None and found.bos_token_id is None:
         raise UsageError(
             "the tokenizer names neither a first nor a last token",

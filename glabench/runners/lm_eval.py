@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from glabench.results import BAD, RowFile, append_json
 from glabench.score_rows import FILE, ScoreRow, latest, unit
 
 NEEDS = ("lm_eval", "transformers", "safetensors")
+LEAST_VERSION = (0, 4, 13)  # older ones define the tasks of Table 3 otherwise
 DTYPES = ("fp32", "bf16")
 WINDOW = 2048  # tokens, where neither the training run nor the configuration says: the paper's length
 BATCH = {"cpu": 8, "cuda": 64}
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+DOCUMENTS = "lm-eval-documents.jsonl"
 KEYS = {"schema": 1, "verb": "lm-eval"}
 
 
@@ -52,6 +55,11 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[Path, list[ScoreR
     for need in NEEDS:
         if not is_installed(need):
             raise UnavailableError(f"{need} is not installed", where="glabench lm-eval", fix=INSTALL[need])
+    version = installed_version("lm_eval")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < LEAST_VERSION:
+        raise UnavailableError(
+            f"lm-eval {version} is too old", where="glabench lm-eval", fix=f"{INSTALL['lm_eval']} --upgrade"
+        )
     if request.dtype and request.dtype not in DTYPES:
         raise UsageError(f"no dtype {request.dtype!r}", where="--dtype", fix="use fp32 or bf16")
     device = env.pick_device(request.device)
@@ -122,13 +130,11 @@ class _Evaluation:
         self.rows: list[ScoreRow] = []
 
     def run(self) -> tuple[Path, list[ScoreRow]]:
-        import torch
-
         if self.file.repaired is not None:
             self.say(f"{FILE}: cut a torn last line ({self.file.repaired!r}); its task runs again")
         env.read_runs(self.out)
         self.entry = env.make_run(
-            described={"torch": torch.__version__, "cuda": torch.version.cuda, **_gpu(self.device)},
+            described=_describe(self.device),
             argv=list(self.request.argv),
             suite="lm-eval",
             suite_digest=env.digest({p.name: p.data_sha for p in self.plans}),
@@ -279,7 +285,7 @@ class _Evaluation:
         """Each document's outcome, for paired comparisons."""
         record = {name: keys[name] for name in ("case", "checkpoint", "task", "replicate", "env")}
         record["documents"] = {f"{s.metric},{s.filter}": s.documents for s in found.scores}
-        append_json(self.out / "documents.jsonl", record)
+        append_json(self.out / DOCUMENTS, record)
 
 
 def _in_words(rows: list[ScoreRow]) -> str:
@@ -299,10 +305,17 @@ def _release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _gpu(device: str) -> dict[str, Any]:
-    """What tells one GPU's runs from another's; the driver's name is enough where nothing is timed."""
+def _describe(device: str) -> dict[str, Any]:
+    """What may change a score's last digits; a GPU's name is enough where nothing is timed."""
+    import torch
+
     name = env.gpu_name(device)
-    return {"gpu": {"name": name}} if name else {}
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "gpu": {"name": name} if name else None,
+    }
 
 
 @contextmanager
