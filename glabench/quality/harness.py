@@ -95,10 +95,8 @@ class StateLM(PlainLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         row = self.max_length * self.model.config.get_text_config().vocab_size * 4
-        asked, self.batch_size_per_gpu = (
-            self.batch_size_per_gpu,
-            max(1, min(self.batch_size, LOGITS_BYTES // row)),
-        )
+        asked = self.batch_size_per_gpu
+        self.batch_size_per_gpu = max(1, min(asked, LOGITS_BYTES // row))
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         finally:

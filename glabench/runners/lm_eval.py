@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,8 +223,6 @@ class _Evaluation:
 
     def _task(self, keys: dict[str, Any], plan: _Plan, lm: Any, plain: Any) -> None:
         """Check, evaluate and write one task of one checkpoint; whatever fails costs this task only."""
-        import time
-
         self.say(f"{keys['checkpoint']} {plan.name} ...")
         keys, started = {**keys, "started_utc": env.now_utc()}, time.perf_counter()
         try:
