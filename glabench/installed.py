@@ -25,6 +25,7 @@ INSTALL = {
     "cutlass": "pip install nvidia-cutlass-dsl",
     "transformers": "pip install 'glabench[models]'",
     "safetensors": "pip install 'glabench[models]'",
+    "lm_eval": "pip install 'glabench[eval]'",
     "cuda": "a machine with an NVIDIA GPU and a CUDA build of torch",
 }
 DISTRIBUTIONS = {

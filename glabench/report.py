@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_extrapolate, figure_losses, figures
+from glabench import figure_extrapolate, figure_losses, figures, paper_tables, score_rows
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
-from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
+from glabench.figure_rows import Results, Sheet, device_name, load, provenance, runs_of, sheets
 from glabench.results import rows_path, write_whole
 
 FILES = tuple(rows_path(Path(), verb).name for verb in ("speed", "memory"))
@@ -48,7 +48,8 @@ def build(folder: Path, out: Path) -> Path:
     parts, empty = _parts(folder)
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
     lengths = figure_extrapolate.find(folder)
-    if not parts and not runs and not lengths:
+    evaluated = [found for found in paper_tables.find(folder) if _has_rows(found / score_rows.FILE)]
+    if not (parts or runs or lengths or evaluated):
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -63,6 +64,11 @@ def build(folder: Path, out: Path) -> Path:
         sections.append((place, f'<section id="{_anchor(place)}">\n<h2>Training</h2>{picture}</section>'))
     for found in lengths:
         sections += _extrapolations(found, out, taken)
+    for found in evaluated:
+        rows = score_rows.load(found)
+        place = _free(paper_tables.place(rows), taken)
+        paper_tables.write_markdown(rows, out / place / "lm-eval.md")
+        sections.append((place, _scores(found, rows, place)))
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
@@ -167,6 +173,23 @@ def _section(part: Results, place: Path, pictures: Sequence[Path]) -> str:
         "</section>",
     ]
     return "\n".join(block for block in blocks if block)
+
+
+def _scores(found: Path, rows: Sequence[Any], place: Path) -> str:
+    """The paper's tables with ours beside them, and every score."""
+    part = Results(found, tuple(rows), (), runs_of(found / "run.json"))  # who made them is told as of times
+    where = device_name(part.run_of(rows[-1].env), rows[-1].device)
+    blocks = [f'<section id="{_anchor(place)}">\n<h2>lm-evaluation-harness on {text(where)}</h2>']
+    blocks += [f'<p class="soft">{text(line)}</p>' for line in provenance(part, rows)]
+    blocks.append(_commands(part))
+    for sheet in paper_tables.sheets(rows):
+        headings = (sheet.headings[0], *(f">{h}" for h in sheet.headings[1:]))
+        blocks.append(f"<h3>{text(sheet.title)}</h3>\n" + table(headings, sheet.lines))
+    blocks += [f'<p class="soft">{text(note)}</p>' for note in paper_tables.notes(rows)]
+    whole = paper_tables.scores(rows)
+    body = table(whole.headings, whole.lines)
+    blocks.append(f"<details><summary>{text(whole.title)}</summary>{body}</details>\n</section>")
+    return "\n".join(blocks)
 
 
 def _figure(path: Path) -> str:

@@ -232,15 +232,15 @@ class RowFile:
             file.truncate(keep)
         self.repaired = data[keep:].decode("utf-8", "replace")[:80]
 
-    def append(self, row: Row) -> None:
-        """Write one row and make it durable. Raises ResultsError when the disk does not take it."""
-        line = to_line(row)
+    def append(self, *rows: Row) -> None:
+        """Write the rows of one cell, all or none. Raises ResultsError when the disk does not take them."""
+        lines = "".join(to_line(row) for row in rows)
         try:
             # unbuffered: a buffer that failed to flush would be written again, later, by close()
             with self.path.open("ab", buffering=0) as file, _locked(file):
                 start = file.seek(0, os.SEEK_END)
                 header = ",".join(columns(self.row_type)) + "\n" if start == 0 else ""
-                data = (header + line).encode()
+                data = (header + lines).encode()
                 try:
                     while data:
                         data = data[file.write(data) :]
@@ -254,7 +254,7 @@ class RowFile:
                 where=str(self.path),
                 fix="make room, then run the same command with --resume",
             ) from err
-        self.rows.append(next(csv.DictReader(io.StringIO(line), fieldnames=columns(self.row_type))))
+        self.rows += csv.DictReader(io.StringIO(lines), fieldnames=columns(self.row_type))
 
     @staticmethod
     def key(fields: Mapping[str, Any]) -> tuple[str, ...]:

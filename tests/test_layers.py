@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "glabench"
 HEAVY = {"torch", "triton", "transformers", "matplotlib", "numpy", "pandas", "psutil", "rich"}
+HEAVY |= {"datasets", "lm_eval"}
 HEAVY_FILES = {
     "inputs",
     "measure",
@@ -32,6 +33,8 @@ HEAVY_FILES = {
     "training/order",
     "training/processes",
     "training/segments",
+    "quality/harness",
+    "quality/vocabulary",
 }
 ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "__init__": "",
@@ -68,9 +71,13 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figure_panels": "figure_style",
     "figure_extrapolate": "errors results quality figure_style figure_panels figure_rows",
     "figures": "errors figure_style figure_rows figure_panels",
-    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate",
+    "score_rows": "results figure_rows",
+    "paper_tables": "results figure_rows score_rows",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate score_rows "
+    "paper_tables",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
-    "measure ceilings footprint nvml inputs oracle models meter corpus training quality",
+    "measure ceilings footprint nvml inputs oracle models meter corpus training "
+    "quality score_rows paper_tables figure_rows",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }

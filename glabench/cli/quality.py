@@ -72,3 +72,70 @@ def extrapolate(
     else:
         runner.show(done)
     raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
+
+
+@app.command(
+    name="lm-eval",
+    short_help="The paper's language tasks, by lm-evaluation-harness.",
+    epilog="Example: glabench lm-eval --ckpt gla-340m --tasks paper --tasks-from eval",
+)
+def lm_eval(
+    ckpt: Annotated[
+        list[Path], typer.Option(help="A local checkpoint or a training run; give it again for more.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="paper, recall, recall-like, or names of tasks; separated by commas.")
+    ] = "paper",
+    tasks_from: Annotated[
+        Path | None, typer.Option(help="Folder of TASK.jsonl; without it the hub's data.")
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="A folder, a file, mistral or bytes; default the checkpoint's own.")
+    ] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task; for trying out.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples in a prompt.")] = 0,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests in a forward pass; default by device.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the window; default the model's training length.")
+    ] = None,
+    device: opt.Device = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; default fp32 on a CPU, bf16 on a GPU.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the rows; default results/lm-eval/DEVICE.")
+    ] = None,
+    resume: opt.Resume = False,
+    compare_hf: Annotated[
+        bool,
+        typer.Option("--compare-hf", help="Run the harness's own model class as well: values, speed-up."),
+    ] = False,
+    json_: opt.Json = False,
+) -> None:
+    """Score checkpoints by lm-evaluation-harness, beside the paper's Tables 2, 3 and 5."""
+    from dataclasses import asdict
+
+    from glabench.runners import lm_eval as runner
+
+    request = runner.Request(
+        checkpoints=tuple(ckpt),
+        tasks=tasks,
+        data=tasks_from,
+        tokenizer=tokenizer,
+        limit=limit,
+        shots=shots,
+        batch=batch,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        out=out,
+        resume=resume,
+        compare_hf=compare_hf,
+        argv=tuple(sys.argv[1:]),
+    )
+    folder, rows = runner.run(request, say)
+    if json_:
+        print_json({"folder": str(folder), "rows": [asdict(row) for row in rows]})
+    else:
+        runner.show(folder, rows)
+    raise typer.Exit(DONE if runner.went_well(rows) else RESULT_SAYS_NO)

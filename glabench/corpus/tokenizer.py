@@ -61,6 +61,11 @@ def load(name: str) -> Tokenizer:
     return _sentencepiece(path.name, path)
 
 
+def sentencepiece_path(name: str) -> Path:
+    """The file of a SentencePiece vocabulary, "mistral" or a path."""
+    return _mistral_path() if name == "mistral" else Path(name)
+
+
 def _bytes() -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
