@@ -22,6 +22,9 @@ HEAVY_FILES = {
     "corpus/manifest",
     "corpus/shards",
     "corpus/tokenizer",
+    "quality/mqar",
+    "quality/recall",
+    "quality/recall_model",
     "training/checkpoint",
     "training/loop",
     "training/optimizer",
@@ -63,8 +66,10 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figure_panels": "figure_style",
     "figures": "errors figure_style figure_rows figure_panels",
     "report": "errors results figures figure_style figure_rows figure_losses",
+    "recall_rows": "results",
+    "quality": "errors installed registry models worker",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
-    "measure ceilings footprint nvml inputs oracle models meter corpus training",
+    "measure ceilings footprint nvml inputs oracle models meter corpus training quality recall_rows",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }

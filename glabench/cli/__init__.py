@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from glabench.cli import layers, models
+from glabench.cli import layers, models, quality
 from glabench.cli.shared import Group
 
 app = typer.Typer(
@@ -41,5 +41,5 @@ def options(
     pass
 
 
-for verbs in (layers.app, models.app):
+for verbs in (layers.app, models.app, quality.app):
     app.add_typer(verbs)

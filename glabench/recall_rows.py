@@ -1,0 +1,144 @@
+"""Rows of `glabench recall`, and which learning rate of a sweep counts. No torch: figures read them too."""
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from glabench.results import Row, read_rows
+
+FILE = "recall.csv"
+DIVERGED = "diverged: "  # how the reason of a run without a finite loss begins
+KEYS = ("mixer", "seqlen", "kv_pairs", "vocab", "d_model", "layers", "heads", "lr", "epochs_max", "batch")
+KEYS += ("examples", "test", "valid", "dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallRow(Row):
+    """One trained model: a mixer at a width, a learning rate and a seed.
+
+    `acc_token_frac` counts queries and `acc_example_frac` examples with every query right, both of the test
+    set; `val_acc_frac` counts queries of the validation set, by which a learning rate is chosen.
+    """
+
+    MEASURED: ClassVar[str] = "acc_token_frac"
+
+    mixer: str
+    seqlen: int
+    kv_pairs: int
+    vocab: int
+    d_model: int
+    layers: int
+    heads: int | None
+    lr: float
+    epochs_max: int
+    batch: int
+    examples: int
+    test: int
+    valid: int
+    dtype: str
+    acc_token_frac: float | None = None
+    acc_example_frac: float | None = None
+    val_acc_frac: float | None = None
+    loss_nats: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    stop: str = ""  # "solved": the test accuracy passed 0.99; "epochs": all were run
+    params: int | None = None
+    state_bytes: int | None = None
+    graphed: str = ""  # yes: a step is one CUDA graph
+    compiled: str = ""
+    train_s: float | None = None
+    peak_mem_mib: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """A mixer at a width: of each seed, the run at the learning rate that validation chose."""
+
+    mixer: str
+    family: str
+    d_model: int
+    chosen: Sequence[dict[str, Any]]  # one row a seed
+    best_on_test: float  # the largest over learning rates, median over seeds: what the reference reports
+    failed: int  # rows without a measurement
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [row["acc_token_frac"] for row in self.chosen]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.accuracies)
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The last row of each cell, numbers as numbers. Raises ResultsError for a file that is not ours."""
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in read_rows(path, RecallRow):
+        last[tuple(row[key] for key in ("suite", "device", *KEYS, "impl", "seed", "replicate"))] = row
+    return [typed(row) for row in last.values()]
+
+
+def typed(row: dict[str, str]) -> dict[str, Any]:
+    """A CSV row with its numbers; empty fields are None."""
+    words = {"suite", "case", "impl", "impl_version", "family", "device", "env", "status", "reason", "verb"}
+    words |= {"mixer", "dtype", "stop", "graphed", "compiled", "started_utc"}
+    return {k: v if k in words else None if v == "" else _number(v) for k, v in row.items()}
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+def tasks(rows: Iterable[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """(seqlen, pairs, vocabulary) of the rows, smallest first."""
+    return sorted({(row["seqlen"], row["kv_pairs"], row["vocab"]) for row in rows})
+
+
+def of_task(rows: Iterable[dict[str, Any]], task: tuple[int, int, int]) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["seqlen"], row["kv_pairs"], row["vocab"]) == task]
+
+
+def best_of_sweep(rows: Iterable[dict[str, Any]]) -> list[Best]:
+    """One Best a mixer and width of one task's rows; a mixer none of whose runs was measured is left out.
+
+    Validation chooses; equal accuracies go to the smaller final loss, not to the test set.
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["mixer"], row["d_model"]), []).append(row)
+    found = []
+    for (mixer, dim), group in sorted(groups.items()):
+        seeds: dict[int, list[dict[str, Any]]] = {}
+        for row in group:
+            if row["status"] == "ok":
+                seeds.setdefault(row["seed"], []).append(row)
+        if not seeds:
+            continue
+        found.append(
+            Best(
+                mixer=mixer,
+                family=group[0]["family"],
+                d_model=dim,
+                chosen=[
+                    max(of, key=lambda r: (r["val_acc_frac"], -r["loss_nats"]))
+                    for _, of in sorted(seeds.items())
+                ],
+                best_on_test=statistics.median(max(r["acc_token_frac"] for r in of) for of in seeds.values()),
+                failed=sum(row["status"] != "ok" for row in group),
+            )
+        )
+    return found
+
+
+def published() -> dict[tuple[str, int, int, int], float]:
+    """(mixer, seqlen, pairs, width) -> accuracy as GLA's Figure 4 prints it."""
+    path = Path(__file__).parent / "published" / "figure4.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            (r["mixer"], int(r["seqlen"]), int(r["kv_pairs"]), int(r["d_model"])): float(r["acc_token_frac"])
+            for r in csv.DictReader(file)
+        }
