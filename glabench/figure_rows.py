@@ -68,7 +68,7 @@ def load(folder: Path) -> Results:
     last_speed, last_memory = _latest(speed), _latest(memory)
     drawn = {id(r) for r in (*last_speed, *last_memory)}
     earlier = tuple(r for r in (*speed, *memory) if id(r) not in drawn)
-    return Results(folder, tuple(last_speed), tuple(last_memory), _runs(folder / "run.json"), earlier)
+    return Results(folder, tuple(last_speed), tuple(last_memory), read_runs(folder / "run.json"), earlier)
 
 
 def typed(kind: type[Row], record: dict[str, str]) -> Any:
@@ -94,7 +94,7 @@ def _latest(rows: Iterable[Any]) -> list[Any]:
     return list({(r.suite, r.device, r.case, r.impl): r for r in rows}.values())
 
 
-def _runs(path: Path) -> tuple[dict[str, Any], ...]:
+def read_runs(path: Path) -> tuple[dict[str, Any], ...]:
     """Entries of run.json; none where there is no such file."""
     if not path.is_file():
         return ()

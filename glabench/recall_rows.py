@@ -13,6 +13,8 @@ FILE = "recall.csv"
 DIVERGED = "diverged: "  # how the reason of a run without a finite loss begins
 KEYS = ("mixer", "seqlen", "kv_pairs", "vocab", "d_model", "layers", "heads", "lr", "epochs_max", "batch")
 KEYS += ("examples", "test", "valid", "dtype")
+# what every run of one panel of a figure shares
+TASK = ("seqlen", "kv_pairs", "vocab", "layers", "epochs_max", "batch", "examples", "test", "valid", "dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,8 @@ class RecallRow(Row):
     state_bytes: int | None = None
     graphed: str = ""  # yes: a step is one CUDA graph
     compiled: str = ""
-    train_s: float | None = None
+    epoch_s: float | None = None  # the last epoch's training alone; runs side by side share the device
+    train_s: float | None = None  # with compilation, capture and evaluation
     peak_mem_mib: float | None = None
 
 
@@ -59,6 +62,7 @@ class Best:
     """A mixer at a width: of each seed, the run at the learning rate that validation chose."""
 
     mixer: str
+    heads: int
     family: str
     d_model: int
     chosen: Sequence[dict[str, Any]]  # one row a seed
@@ -75,10 +79,10 @@ class Best:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The last row of each cell, numbers as numbers. Raises ResultsError for a file that is not ours."""
+    """The last row of each cell, with numbers. Raises ResultsError for a file that is not ours."""
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in read_rows(path, RecallRow):
-        last[tuple(row[key] for key in ("suite", "device", *KEYS, "impl", "seed", "replicate"))] = row
+        last[tuple(row[key] for key in ("suite", "device", *KEYS, "impl", "seed"))] = row
     return [typed(row) for row in last.values()]
 
 
@@ -93,45 +97,45 @@ def _number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
-def tasks(rows: Iterable[dict[str, Any]]) -> list[tuple[int, int, int]]:
-    """(seqlen, pairs, vocabulary) of the rows, smallest first."""
-    return sorted({(row["seqlen"], row["kv_pairs"], row["vocab"]) for row in rows})
-
-
-def of_task(rows: Iterable[dict[str, Any]], task: tuple[int, int, int]) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["seqlen"], row["kv_pairs"], row["vocab"]) == task]
+def by_task(rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(what they share, rows) of each task and way of training, the smallest task first."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in TASK), []).append(row)
+    return [(dict(zip(TASK, key, strict=True)), groups[key]) for key in sorted(groups)]
 
 
 def best_of_sweep(rows: Iterable[dict[str, Any]]) -> list[Best]:
-    """One Best a mixer and width of one task's rows; a mixer none of whose runs was measured is left out.
+    """A Best a mixer, number of heads and width of one task's rows; none where no run was measured.
 
     Validation chooses; equal accuracies go to the smaller final loss, not to the test set.
     """
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["mixer"], row["d_model"]), []).append(row)
+        groups.setdefault((row["mixer"], row["heads"] or 0, row["d_model"]), []).append(row)
     found = []
-    for (mixer, dim), group in sorted(groups.items()):
+    for (mixer, heads, dim), group in sorted(groups.items()):
         seeds: dict[int, list[dict[str, Any]]] = {}
         for row in group:
             if row["status"] == "ok":
                 seeds.setdefault(row["seed"], []).append(row)
-        if not seeds:
-            continue
-        found.append(
-            Best(
-                mixer=mixer,
-                family=group[0]["family"],
-                d_model=dim,
-                chosen=[
-                    max(of, key=lambda r: (r["val_acc_frac"], -r["loss_nats"]))
-                    for _, of in sorted(seeds.items())
-                ],
-                best_on_test=statistics.median(max(r["acc_token_frac"] for r in of) for of in seeds.values()),
-                failed=sum(row["status"] != "ok" for row in group),
-            )
-        )
+        if seeds:
+            found.append(_best(mixer, heads, dim, group, [seeds[seed] for seed in sorted(seeds)]))
     return found
+
+
+def _best(
+    mixer: str, heads: int, dim: int, group: Sequence[dict[str, Any]], seeds: Sequence[list[dict[str, Any]]]
+) -> Best:
+    return Best(
+        mixer=mixer,
+        heads=heads,
+        family=group[0]["family"],
+        d_model=dim,
+        chosen=[max(of, key=lambda r: (r["val_acc_frac"], -r["loss_nats"])) for of in seeds],
+        best_on_test=statistics.median(max(r["acc_token_frac"] for r in of) for of in seeds),
+        failed=sum(row["status"] != "ok" for row in group),
+    )
 
 
 def published() -> dict[tuple[str, int, int, int], float]:

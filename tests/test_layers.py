@@ -65,7 +65,8 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figure_losses": "errors figure_style",
     "figure_panels": "figure_style",
     "figures": "errors figure_style figure_rows figure_panels",
-    "report": "errors results figures figure_style figure_rows figure_losses",
+    "figure_recall": "errors figure_style recall_rows",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_recall recall_rows",
     "recall_rows": "results",
     "quality": "errors installed registry models worker",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "

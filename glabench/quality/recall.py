@@ -1,6 +1,7 @@
 """Train one small model on recall and say how well it recalls (Zoology appendix E's protocol)."""
 
 import functools
+import gc
 import math
 import os
 import sys
@@ -37,13 +38,17 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(cell["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        gc.collect()
+        torch.cuda.empty_cache()  # other processes train on this device
     splits = _splits(*(cell[k] for k in ("seqlen", "pairs", "vocab", "examples", "test", "valid")), device)
     emit_phase("train")
     started = time.perf_counter()
     run = Run(cell, splits[0], device)
     curve, stop = [], "epochs"
     for epoch in range(cell["epochs"]):
+        begun = time.perf_counter()
         loss = run.epoch(epoch)
+        epoch_s = time.perf_counter() - begun
         if not math.isfinite(loss):
             raise CellFailure("error", f"diverged: the loss is not finite in epoch {epoch + 1}")
         test, valid = run.accuracy(splits[1]), run.accuracy(splits[2])
@@ -63,6 +68,7 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
         "state_bytes": run.state_bytes(),
         "graphed": "yes" if run.graph is not None else "no",
         "compiled": "yes" if cell["compile"] else "no",
+        "epoch_s": epoch_s,
         "train_s": time.perf_counter() - started,
         "peak_mem_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
         "curve": curve,
@@ -102,6 +108,8 @@ class Run:
         self.order = torch.Generator().manual_seed(cell["seed"])
         self.total = torch.zeros((), device=device)
         self.rows = torch.arange(cell["batch"], device=device)
+        if cell["compile"]:
+            torch.compiler.reset()  # past eight models in a process it would give up in silence
         self.forward = torch.compile(self.model) if cell["compile"] else self.model  # in training only
         self.graph = self._capture() if is_cuda and cell["graph"] else None
 
@@ -125,8 +133,10 @@ class Run:
 
     def _step(self, rows: Tensor) -> None:
         batch = self.examples
+        # compiled for whole batches alone: the last one of an epoch would be compiled for once more
+        forward = self.forward if len(rows) == len(self.rows) else self.model
         with _autocast(self.device, self.model.compute):
-            hidden = self.forward(batch.tokens[rows], batch.queries[rows])
+            hidden = forward(batch.tokens[rows], batch.queries[rows])
             logits = self.model.logits(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.answers[rows].flatten().long())
         self.optimizer.zero_grad(set_to_none=True)

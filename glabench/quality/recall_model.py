@@ -25,9 +25,11 @@ STD = 0.02
 class Linear(nn.Module):
     """GLA, one of its ablations, or RetNet: the token mixer of the language models."""
 
-    def __init__(self, dim: int, heads: int, impl: str, options: dict[str, Any], **_: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int, impl: str, options: dict[str, Any], seqlen: int, **_: Any
+    ) -> None:
         super().__init__()
-        self.config = LinearAttentionConfig(
+        config = LinearAttentionConfig(
             hidden_size=dim,
             num_heads=heads,
             num_hidden_layers=1,
@@ -37,17 +39,19 @@ class Linear(nn.Module):
             implementation=impl,
             **options,
         )
-        self.mixer = LinearAttention(self.config)
+        self.mixer = LinearAttention(config)
         self.out_proj = self.mixer.o_proj
-        self.angles: Any = None
+        angles = rotary_angles(config, 0, seqlen, torch.zeros(1))
+        for name, values in zip(("cos", "sin"), angles or (None, None), strict=True):
+            self.register_buffer(name, values, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.rope_base and (self.angles is None or self.angles[0].device != x.device):
-            self.angles = rotary_angles(self.config, 0, x.shape[1], x)
-        return self.mixer(x, rotary=self.angles)[0]
+    def forward(self, x: Tensor, keep_state: bool = False) -> Any:
+        rotary = None if self.cos is None else (self.cos, self.sin)
+        y, state = self.mixer(x, rotary=rotary, keep_state=keep_state)
+        return (y, state) if keep_state else y
 
     def state_elements(self, x: Tensor) -> int:
-        return self.mixer(x, rotary=self.angles, keep_state=True)[1].numel() // len(x)
+        return self(x, keep_state=True)[1].numel() // len(x)
 
 
 class Attention(nn.Module):
@@ -153,7 +157,8 @@ class RecallModel(nn.Module):
         self.embedding = nn.Embedding(vocab, dim)
         self.positions = nn.Embedding(seqlen, dim) if kind == "attention" else None
         self.blocks = nn.ModuleList(
-            Block(dim, KINDS[kind](dim=dim, heads=heads, impl=impl, options=options)) for _ in range(layers)
+            Block(dim, KINDS[kind](dim=dim, heads=heads, impl=impl, options=options, seqlen=seqlen))
+            for _ in range(layers)
         )
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(DROPOUT)
         self.compute = torch.float32

@@ -58,27 +58,25 @@ def _bad(rows: Sequence[Mapping[str, Any]]) -> int:
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line a task, mixer and width: the accuracy of the learning rate that validation chose."""
     published = recall_rows.published()
-    lines = []
-    for task in recall_rows.tasks(rows):
-        for best in recall_rows.best_of_sweep(recall_rows.of_task(rows, task)):
-            lines.append(
-                {
-                    "seqlen": task[0],
-                    "kv_pairs": task[1],
-                    "mixer": best.mixer,
-                    "d_model": best.d_model,
-                    "seeds": len(best.chosen),
-                    "acc_token_frac": best.median,
-                    "acc_token_min_frac": min(best.accuracies),
-                    "acc_token_max_frac": max(best.accuracies),
-                    "acc_example_frac": statistics.median([row["acc_example_frac"] for row in best.chosen]),
-                    "best_on_test_frac": best.best_on_test,
-                    "lr": sorted({row["lr"] for row in best.chosen}),
-                    "published_frac": published.get((best.mixer, *task[:2], best.d_model)),
-                    "failed": best.failed,
-                }
-            )
-    return lines
+    return [
+        {
+            **task,
+            "mixer": best.mixer,
+            "heads": best.heads or None,
+            "d_model": best.d_model,
+            "seeds": len(best.chosen),
+            "acc_token_frac": best.median,
+            "acc_token_min_frac": min(best.accuracies),
+            "acc_token_max_frac": max(best.accuracies),
+            "acc_example_frac": statistics.median([row["acc_example_frac"] for row in best.chosen]),
+            "best_on_test_frac": best.best_on_test,
+            "lr": sorted({row["lr"] for row in best.chosen}),
+            "published_frac": published.get((best.mixer, task["seqlen"], task["kv_pairs"], best.d_model)),
+            "failed": best.failed,
+        }
+        for task, of in recall_rows.by_task(rows)
+        for best in recall_rows.best_of_sweep(of)
+    ]
 
 
 def show(done: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ BATCH_TOKENS, BATCH_MOST = 65536, 512  # the reference's batches: 512, 512, 256,
 DTYPES = ("fp32", "bf16")
 CELL_LIMIT_S = 7200.0
 GPU_JOBS = 4  # small models leave a GPU idle between launches; more only share its memory
+KERNEL_WIDTH = 16  # of heads, in the compiled kernels
+PLAIN = "{family}_chunk_torch"
 OWN = "{family}_chunk"  # compiled with configurations from the package: no autotuning for each width
 
 
@@ -116,7 +118,11 @@ def panels(name: str | None, changes: Mapping[str, Any], device: str) -> list[Pa
         chosen = [(data[one], "panel " + one) for one in SETS.get(name, (name,))]
     else:
         raise UsageError(f"no panel {name!r}", where="--panel", fix=nearest(name, known))
-    return [_panel({**protocol, **own, **changes}, where, device) for own, where in chosen]
+    grids = [({**protocol, **own, **changes}, where) for own, where in chosen]
+    for keys, _ in grids:
+        if "mixers" in changes and keys.get("control") not in changes["mixers"]:
+            keys.pop("control", None)  # the user's choice of mixers goes before the panel's control
+    return [_panel(keys, where, device) for keys, where in grids]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -250,6 +256,7 @@ class Request:
     panels: list[Panel]
     cells: list[Cell]  # of this shard, in the order they start
     impls: dict[str, Implementation]  # by family
+    fixed: frozenset[str] = frozenset()  # families whose implementation was asked for
     device: str
     jobs: int
     out: Path | None
@@ -260,7 +267,18 @@ class Request:
     argv: tuple[str, ...] = ()
 
     def impl(self, cell: Cell) -> Implementation:
-        return self.impls[MIXERS[cell.mixer].family]
+        """Who computes the cell: plain PyTorch where the kernels do not take its heads, unless asked for."""
+        family = MIXERS[cell.mixer].family
+        if family not in self.fixed and self.misfit(cell):
+            return registry.implementations()[PLAIN.format(family=family)]
+        return self.impls[family]
+
+    def misfit(self, cell: Cell) -> str:
+        """Why compiled kernels do not take the cell's heads, or nothing."""
+        widths = head_widths(cell.mixer, cell.dim, cell.heads)
+        is_compiled = MIXERS[cell.mixer].kind == "linear" and self.impls[MIXERS[cell.mixer].family].compiles
+        off = [width for width in widths if width % KERNEL_WIDTH]
+        return f"heads {off[0]} wide, not a multiple of {KERNEL_WIDTH}" if is_compiled and off else ""
 
     def folder(self, suite: str, slug: str) -> Path:
         return self.out or Path("results") / suite / slug
@@ -291,12 +309,14 @@ def request(
         raise UsageError(f"{cell_limit:g} is not a time", where="--cell-limit", fix="give seconds above 0")
     grids = panels(panel, changes, device)
     mixers = dict.fromkeys(name for one in grids for name in one.mixers)
+    impls, fixed = _implementations([MIXERS[name].family for name in mixers], impl, device)
     return Request(
         panels=grids,
         cells=in_order(
             [cell for one in grids for cell in one.cells()], parse_shard(shard) if shard else None
         ),
-        impls=_implementations([MIXERS[name].family for name in mixers], impl, device),
+        impls=impls,
+        fixed=fixed,
         device=device,
         jobs=jobs or (GPU_JOBS if device != "cpu" else env.usable_cores()),
         out=out,
@@ -308,8 +328,10 @@ def request(
     )
 
 
-def _implementations(families: Sequence[str], asked: str, device: str) -> dict[str, Implementation]:
-    """By family: the id asked for, else our kernel where it runs, else the registry's best."""
+def _implementations(
+    families: Sequence[str], asked: str, device: str
+) -> tuple[dict[str, Implementation], frozenset[str]]:
+    """By family: the id asked for, else our kernel where it runs, else the best; and whose was asked for."""
     known = registry.implementations()
     chosen = {}
     for family in dict.fromkeys(families):
@@ -317,8 +339,9 @@ def _implementations(families: Sequence[str], asked: str, device: str) -> dict[s
         is_own = own is not None and own.unavailable(device) is None
         chosen[family] = own if is_own else registry.best(family, device)
     chosen = {f: known["attention_sdpa"] if f == "attention" else i for f, i in chosen.items()}
-    for _, one in registry.resolve(split_names(asked, "implementation", "--impl"), device) if asked else ():
+    named = registry.resolve(split_names(asked, "implementation", "--impl"), device) if asked else ()
+    for _, one in named:
         if one.family not in chosen or one.family == "attention":
             raise UsageError(f"{one.id!r} serves no mixer here", where="--impl", fix="leave it out")
         chosen[one.family] = one
-    return chosen
+    return chosen, frozenset(one.family for _, one in named)

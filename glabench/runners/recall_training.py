@@ -31,7 +31,7 @@ class Training:
         self.eager: set[str] = set()  # mixers that run without CUDA graphs
         self.left_out = 0
         self.threads = max(1, env.usable_cores() // asked.jobs) if asked.device == "cpu" else 1
-        self.versions = {family: impl.version() for family, impl in asked.impls.items()}
+        self.versions: dict[str, str] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Train what is missing and return the request's rows. Raises GlabenchError before training."""
@@ -122,7 +122,9 @@ class Training:
 
     def _key(self, cell: Cell) -> tuple[str, ...]:
         impl = self.asked.impl(cell)
-        version = self.versions[impl.family]
+        if impl.id not in self.versions:
+            self.versions[impl.id] = impl.version()
+        version = self.versions[impl.id]
         return cell.panel.suite, cell.digest(), impl.id, version, self.slug, str(cell.seed)
 
     def _worker(self, number: int) -> Worker:
@@ -180,10 +182,11 @@ class Training:
     def _unsupported(self, cell: Cell) -> str | None:
         if MIXERS[cell.mixer].kind == "attention":
             return None
+        if self.asked.impl(cell).compiles and (reason := self.asked.misfit(cell)):
+            return reason
         d_k, d_v = head_widths(cell.mixer, cell.dim, cell.heads)
-        p = cell.panel
-        case = {"dtype": p.dtype, "passes": "fwd_bwd", "batch": p.batch, "seqlen": p.seqlen}
-        case |= {"heads": cell.heads or 1, "d_k": d_k or 16, "d_v": min(d_v, 512) or 2 * cell.dim}
+        case = {"dtype": cell.panel.dtype, "passes": "fwd_bwd", "heads": cell.heads, "d_k": d_k, "d_v": d_v}
+        case |= {"batch": cell.panel.batch, "seqlen": cell.panel.seqlen}
         return self.asked.impl(cell).unsupported(case, self.asked.device)
 
     def _arguments(self, cell: Cell) -> dict[str, Any]:
@@ -286,5 +289,5 @@ def _told(row: RecallRow) -> str:
         return f"{row.status}: {row.reason}"
     return (
         f"{100 * row.acc_token_frac:.1f}% of queries, {100 * row.acc_example_frac:.1f}% of examples, "
-        f"{row.epochs} epochs ({row.stop}), {row.train_s:.1f} s"
+        f"{row.epochs} epochs ({row.stop}), {row.train_s:.1f} s, the last epoch {row.epoch_s:.2f} s"
     )
