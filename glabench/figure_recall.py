@@ -214,21 +214,27 @@ def _name_lines(
     top: float,
     height: float,
 ) -> None:
-    """The mixers' names right of a panel, as near their lines' ends as they do not overlap."""
+    """The mixers and their last values right of a panel, as near the lines' ends as they do not overlap."""
     arms = list(ends)
     targets = [top + height * (104 - ends[arm]) / 108 for arm in arms]
     for arm, y in zip(arms, fs.spread(targets, fs.LABEL_PT, top, top + height), strict=True):
-        sheet.text(right + 8, y, fs.fit(labels[arm], RIGHT_PT - 10), color=looks[arm].ink)
+        sheet.text(
+            right + 8, y, fs.fit(f"{ends[arm]:.1f} {labels[arm]}", RIGHT_PT - 10), color=looks[arm].ink
+        )
 
 
 def _notes(groups: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[str]:
     """What made the figure, and what a reader must not miss."""
     seeds = max(len({row["seed"] for row in of}) for _, of in groups)
     spread = f"median of {seeds} seeds, band from the worst to the best" if seeds > 1 else "one seed"
+    devices = ", ".join(sorted({row["device"] for _, of in groups for row in of}))
     words = [
-        f"Learning rate chosen on validation examples; {spread}. Hollow: as published (GLA, Figure 4), "
-        "the best rate on the test set."
+        f"Trained on {devices}. Learning rate chosen on validation examples; {spread}. "
+        "Numbers: at the largest width."
     ]
+    published = {key[:3] for key in recall_rows.published()}
+    if any((r["mixer"], r["seqlen"], r["kv_pairs"]) in published for _, of in groups for r in of):
+        words[0] += " Hollow: as published (GLA, Figure 4), the best rate on the test set."
     words += [f"{_title(task)}: {_how(task)}." for task, _ in groups]
     gone = sum(row["status"] != "ok" for _, of in groups for row in of)
     if gone:

@@ -5,14 +5,15 @@ import math
 
 import pytest
 import torch
+from tolerances import TWO_FP32_FORMS, difference
 from training_calls import run
 
 from glabench import recall_rows
-from glabench.quality import mqar, recall
+from glabench.quality import mqar, recall, recall_model
 from glabench.quality.mixers import MIXERS
 from glabench.quality.recall_model import RecallModel
 from glabench.recall_rows import FILE
-from glabench.registry import best, implementations
+from glabench.registry import implementations
 from glabench.runners import recall_grid as grid
 
 TINY = """
@@ -33,10 +34,16 @@ EASY = ("--seqlen", 4, "--pairs", 1, "--vocab", 8, "--dims", 16, "--examples", 2
 EASY += ("--lrs", "1e-4,1e-2,1", "--epochs", 4, "--mixers", "attention,gla", "--jobs", 1)
 
 
+def implementation_of(mixer, device):
+    """What the verb would take."""
+    families = [MIXERS[mixer].family]
+    return grid.implementations_for(families, "", device)[0][families[0]].id
+
+
 def cell(mixer, **changes):
-    heads = MIXERS[mixer].heads
+    heads, device = MIXERS[mixer].heads, changes.get("device", "cpu")
     return {
-        **{"mixer": mixer, "impl": best(MIXERS[mixer].family, "cpu").id, "dim": 16, "heads": heads},
+        **{"mixer": mixer, "impl": implementation_of(mixer, device), "dim": 16, "heads": heads},
         **{"layers": 2, "seqlen": 16, "pairs": 2, "vocab": 20, "lr": 1e-2, "seed": 0, "epochs": 2},
         **{"batch": 16, "examples": 40, "test": 20, "valid": 10, "dtype": "fp32", "device": "cpu"},
         **{"threads": 1, "graph": True, "compile": False},
@@ -211,10 +218,38 @@ def test_what_follows_a_query_does_not_change_its_answer(mixer, one_thread):
     assert torch.equal(ours, theirs) and not torch.equal(ours, moved)
 
 
+def test_mambas_block_is_transformers_block(one_thread):
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaForCausalLM
+
+    torch.manual_seed(0)
+    ours = recall_model.Mamba(24, "mamba_torch")
+    config = MambaConfig(hidden_size=24, num_hidden_layers=1, vocab_size=8, state_size=16, expand=2)
+    theirs = MambaForCausalLM(config).backbone.layers[0].mixer
+    weights = ours.state_dict()
+    weights["dt_proj.weight"], weights["dt_proj.bias"] = weights.pop("dt_weight"), weights.pop("dt_bias")
+    theirs.load_state_dict(weights)
+    x = torch.randn(2, 19, 24)
+    with torch.no_grad():
+        assert difference(ours(x), theirs(x)) < TWO_FP32_FORMS
+
+
 @pytest.mark.parametrize("mixer", ["attention", "gla", "mamba"])
 def test_a_run_repeats_to_the_bit_and_another_seed_is_another_run(mixer, one_thread):
     first, again, other = (recall.train(cell(mixer, seed=seed)) for seed in (0, 0, 1))
     assert first["curve"] == again["curve"] and first["curve"] != other["curve"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_captured_step_trains_as_the_plain_one_does(mixer, monkeypatch):
+    """Without dropout, which a graph draws elsewhere; of 40 examples the last 8 are no whole batch."""
+    monkeypatch.setattr(recall_model, "DROPOUT", 0.0)
+    shape = {"dim": 64, "device": "cuda", "epochs": 3, "lr": 1e-3}
+    graphed, plain = (recall.train(cell(mixer, **shape, graph=graph)) for graph in (True, False))
+    assert (graphed["graphed"], plain["graphed"]) == ("yes", "no")
+    losses = [[epoch[0] for epoch in one["curve"]] for one in (graphed, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][2] < losses[0][0] - 0.1
 
 
 def test_the_rate_falls_by_a_cosine_over_the_epochs_and_decay_reaches_every_weight(one_thread):

@@ -37,7 +37,7 @@ def train(cell: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(cell["threads"])
     device = torch.device(cell["device"])
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         gc.collect()
         torch.cuda.empty_cache()  # other processes train on this device
     splits = _splits(*(cell[k] for k in ("seqlen", "pairs", "vocab", "examples", "test", "valid")), device)
@@ -101,9 +101,12 @@ class Run:
             self.model = RecallModel(cell["mixer"], **{name: cell[name] for name in names})
         self.model.to(device)
         self.model.compute = DTYPES[cell["dtype"]]
-        self.lr = torch.tensor(cell["lr"], device=device) if is_cuda else cell["lr"]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True, capturable=is_cuda
+            self.model.parameters(),
+            lr=torch.tensor(cell["lr"], device=device) if is_cuda else cell["lr"],  # a graph reads it anew
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
+            capturable=is_cuda,
         )
         self.order = torch.Generator().manual_seed(cell["seed"])
         self.total = torch.zeros((), device=device)
@@ -116,10 +119,7 @@ class Run:
     def epoch(self, number: int) -> float:
         """One pass over the examples in a new order; returns the mean loss in nats a query."""
         lr = self.cell["lr"] * (1 + math.cos(math.pi * number / self.cell["epochs"])) / 2
-        if isinstance(self.lr, Tensor):
-            self.lr.fill_(lr)
-        else:
-            self.optimizer.param_groups[0]["lr"] = lr
+        self._set_rate(lr)
         self.model.train()
         self.total.zero_()
         order = torch.randperm(len(self.examples), generator=self.order).to(self.device)
@@ -130,6 +130,13 @@ class Run:
                 self.rows.copy_(rows)
                 self.graph.replay()
         return self.total.item() / self.steps
+
+    def _set_rate(self, lr: float) -> None:
+        (group,) = self.optimizer.param_groups
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
     def _step(self, rows: Tensor) -> None:
         batch = self.examples
@@ -146,7 +153,7 @@ class Run:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; its warm-up leaves weights and moments as they were."""
-        self.lr.zero_()  # AdamW with a rate of 0 moves no weight, by decay neither
+        self._set_rate(0.0)  # AdamW with a rate of 0 moves no weight, by decay neither
         self.model.train()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -107,6 +107,8 @@ def show(done: dict[str, Any]) -> None:
     headings += ("published", "rate chosen", "seeds", "failed")
     tables.show(headings, lines, right=headings[2:8])
     tables.say("% of test queries at the learning rate that validation chose, median over seeds.")
+    if done["left_out"]:
+        tables.say(f"{done['left_out']} runs left out: another rate had solved the task for their model.")
     for folder in done["folders"]:
         tables.say(f"rows: {Path(folder) / recall_rows.FILE}")
 

@@ -309,7 +309,7 @@ def request(
         raise UsageError(f"{cell_limit:g} is not a time", where="--cell-limit", fix="give seconds above 0")
     grids = panels(panel, changes, device)
     mixers = dict.fromkeys(name for one in grids for name in one.mixers)
-    impls, fixed = _implementations([MIXERS[name].family for name in mixers], impl, device)
+    impls, fixed = implementations_for([MIXERS[name].family for name in mixers], impl, device)
     return Request(
         panels=grids,
         cells=in_order(
@@ -328,10 +328,13 @@ def request(
     )
 
 
-def _implementations(
+def implementations_for(
     families: Sequence[str], asked: str, device: str
 ) -> tuple[dict[str, Implementation], frozenset[str]]:
-    """By family: the id asked for, else our kernel where it runs, else the best; and whose was asked for."""
+    """By family: the id asked for, else our kernel where it runs, else the best; and whose was asked for.
+
+    Raises: UsageError, UnavailableError.
+    """
     known = registry.implementations()
     chosen = {}
     for family in dict.fromkeys(families):
