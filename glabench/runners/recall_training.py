@@ -138,20 +138,22 @@ class Training:
     ) -> list[Cell]:
         """Train cells as workers become free; returns those that ran out of memory beside others."""
         waiting = self._wanted(cells)
-        flying: dict[Worker, tuple[Cell, str, float]] = {}
+        flying: dict[Worker, tuple[Cell, bool, str, float]] = {}  # with or without a graph, since when
         alone: list[Cell] = []
         while True:
             for worker in workers:
                 cell = None if worker in flying else next(waiting, None)
                 if cell is not None:
-                    flying[worker] = (cell, env.now_utc(), time.perf_counter())
+                    arguments = self._arguments(cell)
+                    flying[worker] = (cell, arguments["graph"], env.now_utc(), time.perf_counter())
                     limits = {"data": 900.0, "other": self.asked.cell_limit_s}
-                    worker.start(TRAIN, self._arguments(cell), limits=limits)
+                    worker.start(TRAIN, arguments, limits=limits)
             if not flying:
                 return alone
             for worker, outcome in wait_any(list(flying), timeout=1.0):
-                cell, started, since = flying.pop(worker)
-                if self._is_without_graph(cell, outcome):
+                cell, has_graph, started, since = flying.pop(worker)
+                if has_graph and outcome.status == "crashed":  # perhaps while it captured one
+                    self._go_without_graphs(cell, outcome)
                     waiting = itertools.chain([cell], waiting)
                     continue
                 if outcome.status == "oom" and len(workers) > 1 and not is_alone:
@@ -160,13 +162,9 @@ class Training:
                     continue
                 self._write(cell, outcome, started, time.perf_counter() - since)
 
-    def _is_without_graph(self, cell: Cell, outcome: Outcome) -> bool:
-        """Whether to run the cell again without a CUDA graph: its process ended while it captured one."""
-        if outcome.status != "crashed" or self.asked.device == "cpu" or cell.mixer in self.eager:
-            return False
+    def _go_without_graphs(self, cell: Cell, outcome: Outcome) -> None:
         self.eager.add(cell.mixer)
         self.say(f"{cell.describe()}: {outcome.reason}; {cell.mixer} goes on without CUDA graphs")
-        return True
 
     def _wanted(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Cells as they come up: one that cannot run becomes a row, one of a solved model is left out."""
@@ -209,7 +207,7 @@ class Training:
             "impl": self.asked.impl(cell).id,
             "device": self.asked.device,
             "threads": self.threads,
-            "graph": cell.mixer not in self.eager,
+            "graph": self.asked.device != "cpu" and cell.mixer not in self.eager,
             "compile": self.asked.compiled,
         }
 
