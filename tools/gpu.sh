@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing layers fig2 all
-#   recall-try recall
-# `all` spreads layers and fig2 over two GPUs where there are two. Wheels of what the machine lacks are
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing layers fig2 all recall-try recall
+# `all` spreads layers and fig2 over two GPUs where there are two, `recall` over all. Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
 # out/), also where TOTAL, the seconds for all steps together, ran out. The next call with the same SITE goes on.
 set -uo pipefail
