@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_extrapolate, figure_losses, figures, paper_tables, score_rows
+from glabench import (
+    figure_extrapolate,
+    figure_losses,
+    figure_recall,
+    figures,
+    paper_tables,
+    recall_rows,
+    score_rows,
+)
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
 from glabench.figure_rows import Results, Sheet, device_name, load, provenance, runs_of, sheets
@@ -49,7 +57,12 @@ def build(folder: Path, out: Path) -> Path:
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
     lengths = figure_extrapolate.find(folder)
     evaluated = [found for found in paper_tables.find(folder) if _has_rows(found / score_rows.FILE)]
-    if not (parts or runs or lengths or evaluated):
+    recalls = [
+        (place, rows)
+        for place in figure_recall.find(folder)
+        if (rows := recall_rows.load(place / recall_rows.FILE))
+    ]
+    if not (parts or runs or lengths or evaluated or recalls):
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -69,6 +82,9 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(paper_tables.place(rows), taken)
         paper_tables.write_markdown(rows, out / place / "lm-eval.md")
         sections.append((place, _scores(found, rows, place)))
+    for found, rows in recalls:
+        place = _free(Path(rows[-1]["suite"]) / rows[-1]["device"] / "recall", taken)
+        sections.append((place, _recall_section(found, rows, place, figure_recall.draw(rows, out / place))))
     page = out / "index.html"
     write_whole(page, _page(sections, empty))
     return page
@@ -164,7 +180,7 @@ def _section(part: Results, place: Path, pictures: Sequence[Path]) -> str:
     blocks = [
         f'<section id="{_anchor(place)}">\n<h2>{text(rows[0].suite)} on {text(where)}</h2>',
         "".join(f'<p class="soft">{text(line)}</p>' for line in provenance(part, rows)),
-        _commands(part),
+        _commands(run for run in part.runs if run.get("id") in {r.env for r in rows}),
         *(_figure(path) for path in pictures),
         *(_best(sheet) for sheet in sheets(part.speed)),
         _failed(rows),
@@ -192,6 +208,39 @@ def _scores(found: Path, rows: Sequence[Any], place: Path) -> str:
     return "\n".join(blocks)
 
 
+def _recall_section(
+    found: Path, rows: Sequence[dict[str, Any]], place: Path, pictures: Sequence[Path]
+) -> str:
+    """Recall of one folder: the figures, the chosen learning rates, and what failed."""
+    runs = [run for run in runs_of(found / "run.json") if run.get("id") in {row["env"] for row in rows}]
+    where = device_name(runs[-1] if runs else {}, rows[-1]["device"])
+    failed = [
+        [
+            row["mixer"],
+            str(row["d_model"]),
+            f"{row['lr']:.3g}",
+            str(row["seed"]),
+            row["status"],
+            row["reason"],
+        ]
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    headings = ("mixer", ">width", ">rate", ">seed", "status", "reason")
+    title = f"Recall (MQAR), {rows[-1]['suite']} on {where}"
+    return "\n".join(
+        (
+            f'<section id="{_anchor(place)}">\n<h2>{text(title)}</h2>',
+            _commands(runs),
+            *(_figure(path) for path in pictures),
+            "<h3>Accuracy at the learning rate that validation chose</h3>",
+            table(*figure_recall.table(rows)),
+            "<h3>Runs without a measurement</h3>" + table(headings, failed) if failed else "",
+            "</section>",
+        )
+    )
+
+
 def _figure(path: Path) -> str:
     """The picture as a data URI: inlined as elements, two pictures would share ids."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -200,17 +249,15 @@ def _figure(path: Path) -> str:
     words |= {"decode": "Time of one token, and what is kept between tokens,"}
     length = "context" if kind == "decode" else "sequence length"
     alt = f"{words.get(kind, kind)} against {length}: {name}"
-    if kind == "loss":
-        alt = "Loss against tokens"
+    alt = {"loss": "Loss against tokens", **figure_recall.ALT}.get(path.stem, alt)
     return f'<figure><img alt="{text(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
-def _commands(part: Results) -> str:
-    envs = {r.env for r in part.rows()}
+def _commands(runs: Iterable[dict[str, Any]]) -> str:
     found = {}
-    for run in part.runs:
+    for run in runs:
         argv = run.get("argv")
-        if run.get("id") in envs and isinstance(argv, list) and argv:
+        if isinstance(argv, list) and argv:
             words = [str(word) for word in argv]
             found[shlex.join(words if "glabench" in words[0] else ["glabench", *words])] = None
     return "".join(f"<p><code>{text(line)}</code></p>" for line in found)

@@ -27,6 +27,9 @@ HEAVY_FILES = {
     "quality/intervals",
     "quality/loading",
     "quality/scoring",
+    "quality/mqar",
+    "quality/recall",
+    "quality/recall_model",
     "training/checkpoint",
     "training/loop",
     "training/optimizer",
@@ -57,7 +60,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "meter": "",
     "corpus": "errors installed meter results",
     "training": "errors installed meter results corpus models",
-    "quality": "errors results corpus models training",
+    "quality": "errors results installed registry worker corpus models training",
     "measure": "nvml stats",
     "ceilings": "",
     "footprint": "errors nvml",
@@ -73,11 +76,13 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "figures": "errors figure_style figure_rows figure_panels",
     "score_rows": "results figure_rows",
     "paper_tables": "results figure_rows score_rows",
-    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate score_rows "
-    "paper_tables",
+    "recall_rows": "results",
+    "figure_recall": "errors figure_style recall_rows",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate "
+    "figure_recall score_rows paper_tables recall_rows",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training "
-    "quality score_rows paper_tables figure_rows",
+    "quality score_rows paper_tables recall_rows figure_rows",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }

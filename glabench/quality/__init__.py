@@ -1,1 +1,1 @@
-"""What a trained language model can do: measured on any local checkpoint."""
+"""What trained language models can do: length extrapolation, recall, and evaluation tasks."""
