@@ -25,10 +25,12 @@ INSTALL = {
     "cutlass": "pip install nvidia-cutlass-dsl",
     "transformers": "pip install 'glabench[models]'",
     "safetensors": "pip install 'glabench[models]'",
+    "liger_kernel": "pip install 'glabench[gpu]'",
     "cuda": "a machine with an NVIDIA GPU and a CUDA build of torch",
 }
 DISTRIBUTIONS = {
     "fla": "flash-linear-attention",
+    "liger_kernel": "liger-kernel",
     "flash_attn": "flash-attn",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",

@@ -56,7 +56,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "inputs": "errors cases",
     "oracle": "errors oracle_long",
     "kernels": "errors",
-    "models": "errors registry",
+    "models": "errors installed registry",
     "impls": "registry installed kernels",
     "figure_rows": "errors results figure_style",
     "figure_losses": "errors figure_style",

@@ -110,6 +110,9 @@ def train(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences in one forward pass; default the configuration's.")
     ] = None,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Liger-Kernel's loss, norms and SwiGLU, on a GPU.")
+    ] = False,
     device: opt.Device = "auto",
     json_: opt.Json = False,
 ) -> None:
@@ -117,7 +120,15 @@ def train(
     from glabench.runners import train as training
 
     done = training.train(
-        config, data, out, steps=steps, seed=seed, micro_batch=micro_batch, device=device, say=say
+        config,
+        data,
+        out,
+        steps=steps,
+        seed=seed,
+        micro_batch=micro_batch,
+        fused=fused,
+        device=device,
+        say=say,
     )
     if done is None:
         return
