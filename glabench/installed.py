@@ -76,6 +76,15 @@ def has_cuda() -> bool:
     return cuda_device_count() > 0 and torch_cuda_version() is not None
 
 
+def no_fused_operations(device: str) -> str | None:
+    """Why Liger-Kernel cannot serve on `device`, or None. Triton's interpreter counts as a GPU: for tests."""
+    if not is_installed("liger_kernel"):
+        return f"Liger-Kernel is not installed: {INSTALL['liger_kernel']}"
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Liger-Kernel needs a GPU"
+    return None
+
+
 def _driver_library() -> str:
     return "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
 

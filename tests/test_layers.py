@@ -19,6 +19,8 @@ HEAVY_FILES = {
     "models",
     "runners/cells",
     "runners/checking",
+    "runners/step_models",
+    "runners/steps",
     "corpus/manifest",
     "corpus/shards",
     "corpus/tokenizer",

@@ -1,6 +1,5 @@
 """Fused operations from Liger-Kernel in a model that is built: norms, SwiGLU, rotary positions, the loss."""
 
-import os
 from types import MethodType
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from glabench.errors import UnavailableError
-from glabench.installed import INSTALL, is_installed
+from glabench.installed import no_fused_operations
 
 # what is known to compute x / rms(x) * weight: other families' norms have the same names and other formulas
 NORMS = {
@@ -24,15 +23,6 @@ ROTARY = "apply_rotary_pos_emb"  # what transformers' Llama layer calls
 IGNORED = -100  # the label that has no loss, in transformers as in PyTorch
 
 
-def unavailable(device: str) -> str | None:
-    """Why nothing can be fused on `device`, or None. Triton's interpreter counts as a GPU: for tests."""
-    if not is_installed("liger_kernel"):
-        return f"Liger-Kernel is not installed: {INSTALL['liger_kernel']}"
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Liger-Kernel needs a GPU"
-    return None
-
-
 def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tuple[str, ...]:
     """Let a causal language model, ours or transformers', compute with Liger-Kernel; its weights stay.
 
@@ -42,7 +32,7 @@ def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tup
     Returns what was replaced: of rms_norm, silu_mul, rotary, linear_cross_entropy.
     Raises: UnavailableError without Liger-Kernel or a GPU, and for models of other kinds.
     """
-    reason = unavailable(str(next(model.parameters()).device))
+    reason = no_fused_operations(str(next(model.parameters()).device))
     if reason is None and model.config.model_type not in MODELS:
         reason = f"known for {', '.join(MODELS)}, not for {model.config.model_type}"
     if reason:
