@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_losses, figures
+from glabench import figure_losses, figure_throughput, figures
 from glabench import figure_style as fs
 from glabench.errors import ResultsError
 from glabench.figure_rows import Results, Sheet, device_name, load, provenance, sheets
@@ -47,7 +47,8 @@ def build(folder: Path, out: Path) -> Path:
     """
     parts, empty = _parts(folder)
     runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
-    if not parts and not runs:
+    steps = [part for place in figure_throughput.find(folder) for part in figure_throughput.load(place)]
+    if not parts and not runs and not steps:
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -56,6 +57,9 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(part.place(), taken)
         pictures = figures.render_part(part, out / place)
         sections.append((place, _section(part, place, [p for p in pictures if p.suffix == ".svg"])))
+    for part in steps:
+        place = _free(part.place(), taken)
+        sections.append((place, _throughput(part, place, figure_throughput.draw(part, out / place))))
     if runs:
         place = _free(Path("training"), taken)
         picture = _figure(figure_losses.draw(runs, out / place))
@@ -154,6 +158,26 @@ def _section(part: Results, place: Path, pictures: Sequence[Path]) -> str:
     return "\n".join(block for block in blocks if block)
 
 
+def _throughput(part: Results, place: Path, pictures: Sequence[Path]) -> str:
+    """Training steps on one device: what made them, the figures, every row, what a FLOP is."""
+    rows = part.rows()
+    where = device_name(part.run_of(rows[-1].env), rows[-1].device)
+    lines = [
+        *provenance(part, rows),
+        *(f"FLOPs a token, {line}" for line in figure_throughput.formulas(part)),
+    ]
+    blocks = [
+        f'<section id="{_anchor(place)}">\n<h2>Training throughput on {text(where)}</h2>',
+        "".join(f'<p class="soft">{text(line)}</p>' for line in lines),
+        _commands(part),
+        *(_figure(path) for path in pictures),
+        table(figure_throughput.HEADINGS, figure_throughput.table_rows(part)),
+        _environments(part),
+        "</section>",
+    ]
+    return "\n".join(block for block in blocks if block)
+
+
 def _figure(path: Path) -> str:
     """The picture as a data URI: inlined as elements, two pictures would share ids."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -162,6 +186,8 @@ def _figure(path: Path) -> str:
     alt = f"{words.get(kind, kind)} against sequence length: {name}"
     if kind == "loss":
         alt = "Loss against tokens"
+    if kind == "throughput":
+        alt = f"Tokens a second and memory of a training step against length and batch: {name}"
     return f'<figure><img alt="{text(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 

@@ -62,9 +62,10 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "impls": "registry installed kernels",
     "figure_rows": "errors results figure_style",
     "figure_losses": "errors figure_style",
+    "figure_throughput": "errors results figure_style figure_rows",
     "figure_panels": "figure_style",
     "figures": "errors figure_style figure_rows figure_panels",
-    "report": "errors results figures figure_style figure_rows figure_losses",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_throughput",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training",
     "cli": "errors runners report progress",
