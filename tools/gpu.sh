@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing layers fig2 all
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing layers fig2 throughput all
 # `all` spreads layers and fig2 over two GPUs where there are two. Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
 # out/), also where TOTAL, the seconds for all steps together, ran out. The next call with the same SITE goes on.
@@ -46,6 +46,8 @@ for name in "$@"; do
         verify) step verify "$TOTAL" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
+        throughput) step throughput "$TOTAL" python3 -m glabench throughput ${MODELS:-} --size "${SIZE:-1.3b}" \
+            ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-} ;;
         layers | fig2) suite "$name" "${DEVICE:-cuda}" ;;
         all)
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then

@@ -17,7 +17,7 @@ from glabench.installed import installed_version, is_installed, no_fused_operati
 from glabench.models import catalog, fused, layouts, mixer
 from glabench.models.config import LinearAttentionConfig
 from glabench.registry import implementations
-from glabench.runners import cells
+from glabench.runners import cells, tuning, turns
 from glabench.runners.throughput_run import PEER
 from glabench.training import optimizer
 from glabench.training.settings import Settings
@@ -115,6 +115,8 @@ class Built:
 def built(chosen: str) -> Built:
     arm, condition, layer, device, seed = json.loads(chosen)
     is_cuda = device.startswith("cuda")
+    if is_cuda:
+        tuning.install(turns.step_aside)  # autotuners compile all their configurations at once
     torch.manual_seed(seed)
     model, facts = _model(arm, condition, layer, device)
     count = sum(p.numel() for p in model.parameters())

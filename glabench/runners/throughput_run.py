@@ -19,6 +19,8 @@ from glabench.runners.sweep import CEILING_S, CELLS, TUNE_ONCE, spare_memory
 
 STEPS = "glabench.runners.steps"
 VERB = "throughput"
+# transformers would ask its hub for kernels where it could; those that are measured are installed here
+LOCAL_KERNELS = {**TUNE_ONCE, "USE_HUB_KERNELS": "NO", "HF_HUB_OFFLINE": "1"}
 PEER = "gla-fla"  # flash-linear-attention's own GLA model, at the sizes of ours
 CONDITIONS = {
     "paper": "plain cross-entropy, eager; on a GPU fused norms and SwiGLU, as the paper has SwiGLU",
@@ -164,7 +166,7 @@ class Run:
 
     def _worker(self, cell: Cell) -> Worker:
         limit = spare_memory() if self.asked.kind == "cpu" else None
-        return Worker(cell.arm["arm"], memory_limit_bytes=limit, env=TUNE_ONCE, preload=STEPS)
+        return Worker(cell.arm["arm"], memory_limit_bytes=limit, env=LOCAL_KERNELS, preload=STEPS)
 
     def _cell(self, worker: Worker, cell: Cell) -> None:
         started, begun = env.now_utc(), time.perf_counter()
