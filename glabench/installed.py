@@ -160,6 +160,8 @@ def import_leaf(module: str) -> ModuleType:
             bare.__spec__, bare.__path__ = spec, list(spec.submodule_search_locations)
             bare.__version__ = installed_version(name)
             sys.modules[name] = bare
+            if depth > 1:  # as an import does: others may walk from the top
+                setattr(sys.modules[".".join(parents[: depth - 1])], parents[depth - 1], bare)
     return importlib.import_module(module)
 
 

@@ -29,6 +29,7 @@ sys.stdout.write(
             "used": mamba.use_installed_kernels(),
             "inner": modeling.mamba_inner_fn(OnGpu(), *[None] * 9),
             "conv": modeling.causal_conv1d_fn(OnGpu(), None),
+            "walked": sys.modules["mamba_ssm"].ops.triton.ssd_combined.mamba_chunk_scan_combined(0),
             "loss": loss.item(),
         }
     )

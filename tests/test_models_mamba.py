@@ -101,4 +101,4 @@ def test_mamba_ssm_is_found_though_its_package_cannot_be_imported(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("loss") == pytest.approx(5.557, abs=0.5)
-    assert found == {"used": True, "inner": "inner", "conv": "conv"}
+    assert found == {"used": True, "inner": "inner", "conv": "conv", "walked": "chunk"}
