@@ -50,7 +50,7 @@ def test_points_are_lengths_and_batches():
     assert [(p.seqlen, p.batch) for p in found] == [(2048, 8), (16384, 1), (300, 2)]
 
 
-@pytest.mark.parametrize("text", ["2k", "2kx", "x8", "2kx8,2kx8", "0x4", "1x4", "2kx8,"])
+@pytest.mark.parametrize("text", ["2k", "2kx", "x8", "2kx8,2kx8", "2kx8,2048x8", "0x4", "1x4", "2kx8,"])
 def test_a_point_that_makes_no_sense_is_refused(text):
     with pytest.raises(UsageError, match="--points"):
         throughput.parse_points(text)
@@ -201,7 +201,7 @@ def test_a_rate_above_what_the_device_can_do_is_an_error():
 
 def test_every_cell_is_a_row_and_resume_redoes_what_is_torn(tmp_path):
     words = ("gla", "gla-fla", "--points", "64x2,32x2", "--conditions", "paper,modern", "--steps", "6")
-    words += ("--warmup", "1", "--out", "out")
+    words += ("--impl", "gla_chunk_torch", "--warmup", "1", "--out", "out")
     done = glabench(*words, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = rows(tmp_path / "out")
@@ -238,6 +238,11 @@ def test_misuse_is_one_line(tmp_path):
     done = glabench("glaa", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: no model 'glaa' (MODEL); did you mean 'gla'?" in done.stderr
+
+
+def test_a_limit_of_no_time_is_refused(tmp_path):
+    done = glabench("gla", "--cold-limit", "0", cwd=tmp_path)
+    assert done.returncode == 2 and "0 is not a time (--cold-limit); give seconds above 0" in done.stderr
 
 
 def test_an_implementation_of_no_model_is_refused():

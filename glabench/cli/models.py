@@ -148,7 +148,7 @@ def throughput(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help="Families (gla, retnet, mamba, mamba2, transformer, gla-fla) or shipped configurations.",
         ),
     ] = None,

@@ -49,6 +49,9 @@ def request(
         if not is_installed(package):
             fix = "pip install 'glabench[train]'"
             raise UnavailableError(f"{package} is not installed", where="throughput", fix=fix)
+    for name, value in (("--cell-limit", cell_limit), ("--cold-limit", cold_limit)):
+        if value is not None and value <= 0:
+            raise UsageError(f"{value:g} is not a time", where=name, fix="give seconds above 0")
     device = env.pick_device(device)
     base = DEFAULTS[device.split(":")[0]]
     known = tuple(CONDITIONS)
@@ -59,21 +62,17 @@ def request(
     arms = _plan(words, split_names(size or base["size"], "size", "--size"))
     layers = _layers(impl, arms, device)
     cells = (
-        Cell(arm, name, layers.get(arm["family"], "auto"), spot)
+        Cell(arm, name, "auto" if arm["model"] == PEER else layers.get(arm["family"], "auto"), spot)
         for name in names
         for arm in arms
         for spot in spots
     )
-    limits = {"sample": cell_limit or 180.0, "other": cold_limit or 300.0}
-    for name, value in limits.items():
-        if value <= 0:
-            raise UsageError(f"{value:g} is not a time", where=name, fix="give seconds above 0")
     return Request(
         cells=tuple(cells),
         device=device,
         steps=steps or base["steps"],
         warmup=warmup or base["warmup"],
-        limits=limits,
+        limits={"sample": cell_limit or 180.0, "other": cold_limit or 300.0},
         out=out,
         resume=resume,
         seed=seed,
@@ -90,7 +89,10 @@ def parse_points(text: str) -> tuple[Point, ...]:
             raise UsageError(
                 f"{part!r} is no point", where="--points", fix="write LENGTHxBATCH, such as 2kx8"
             )
-        found.append(Point(parse_size(seqlen, "--points"), parse_size(batch, "--points")))
+        spot = Point(parse_size(seqlen, "--points"), parse_size(batch, "--points"))
+        if spot in found:
+            raise UsageError(f"{part!r} stands twice", where="--points", fix="name each once")
+        found.append(spot)
         if found[-1].seqlen < 2:
             raise UsageError(
                 f"{part!r} predicts no token", where="--points", fix="write a length of 2 or more"
