@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", default="", help="gla=2e-3,mamba=1e-3: instead of what `tune` found")
     parser.add_argument("--seeds", type=int, default=2, help="of the ablations")
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument("--segments", type=int, default=12, help="of `tbptt`; the paper's 12 x 2K")
     parser.add_argument("--batch-tokens", type=int, default=64 * 2048)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--families", default=",".join(FAMILIES))
@@ -179,16 +179,20 @@ def prepare(site: Site) -> bool:
     return ended == "done"
 
 
-def settings(site: Site, tokens: int, lr: float, **more: int) -> dict:
-    """[train] for a budget: warm-up over a twentieth, decay to a tenth, twelve evaluations."""
-    args = site.args
-    steps = max(2, tokens // args.batch_tokens)
+def settings(site: Site, tokens: int, lr: float, segments: int = 1) -> dict:
+    """[train] for a budget: warm-up over a twentieth, decay to a tenth, twelve evaluations.
+
+    The batch is --batch-tokens, or the nearest whole number of sequences to it.
+    """
+    args, sequence = site.args, segments * site.args.seqlen
+    batch = sequence * max(1, round(args.batch_tokens / sequence))
+    steps = max(2, tokens // batch)
     every = max(1, steps // 12)
     return {
-        "steps": steps, "batch_tokens": args.batch_tokens, "seqlen": args.seqlen,
+        "steps": steps, "batch_tokens": batch, "seqlen": args.seqlen, "segments": segments,
         "warmup_steps": min(steps - 1, max(1, steps // 20)), "lr": lr, "lr_end": lr / 10,
         "weight_decay": 0.01, "micro_batch": args.micro_batch, "eval_every": every, "save_every": 2 * every,
-        "keep": 1, "fused": site.fused, **more,
+        "keep": 1, "fused": site.fused,
     }  # fmt: skip
 
 
