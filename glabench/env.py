@@ -28,6 +28,7 @@ from glabench.installed import (
 from glabench.results import SCHEMA, write_whole
 
 PEERS = ("flash_attn", "mamba_ssm", "causal_conv1d", "fla")
+PACKAGES = ("numpy", "pandas", "matplotlib", "typer", "transformers", "accelerate", "liger-kernel")
 # variables that change what is measured; the value of one that holds a path is stored as "set"
 VARIABLES = (
     "GLABENCH_TUNE_MS",
@@ -189,7 +190,7 @@ def make_run(
             "os": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
             "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-            "packages": {n: _version(n) for n in ("numpy", "pandas", "matplotlib", "typer")},
+            "packages": {n: _version(n) for n in PACKAGES},
         },
         "measured": described.get("ceilings", {}),
     }

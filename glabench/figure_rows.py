@@ -66,7 +66,7 @@ def load(folder: Path) -> Results:
         raise ResultsError(
             "no rows", where=str(folder), fix="name a folder that holds rows.csv or memory.csv"
         )
-    last_speed, last_memory = _latest(speed), _latest(memory)
+    last_speed, last_memory = latest(speed), latest(memory)
     drawn = {id(r) for r in (*last_speed, *last_memory)}
     earlier = tuple(r for r in (*speed, *memory) if id(r) not in drawn)
     return Results(folder, tuple(last_speed), tuple(last_memory), runs_of(folder / "run.json"), earlier)
@@ -91,7 +91,8 @@ def typed(kind: type[Row], record: dict[str, str]) -> Any:
     return kind(**values)
 
 
-def _latest(rows: Iterable[Any]) -> list[Any]:
+def latest(rows: Iterable[Any]) -> list[Any]:
+    """The last row of each cell."""
     return list({(r.suite, r.device, r.case, r.impl): r for r in rows}.values())
 
 

@@ -34,7 +34,7 @@ def measure(forward: Forward, backward: Backward | None, inputs: list[Any], devi
     is_cuda = device.startswith("cuda")
     once = _on_cuda if is_cuda else _on_cpu
     if not is_cuda:
-        _reset_peak()  # before the warm-up: where it cannot be done there is nothing to wait for
+        reset_peak()  # before the warm-up: where it cannot be done there is nothing to wait for
     for _ in range(2):
         out = forward()
         if backward is not None:
@@ -115,17 +115,17 @@ def _on_cpu(
     forward: Forward, backward: Backward | None, inputs: list[Any], device: str
 ) -> dict[str, float | None]:
     _return_free_memory()
-    _reset_peak()
-    before = _status_bytes("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     out = forward()
     outputs, gradients, saved = storage_bytes([out], inputs), 0, 0
     if backward is not None:
         _return_free_memory()
-        saved = max(0, _status_bytes("VmRSS") - before - outputs)
+        saved = max(0, status_bytes("VmRSS") - before - outputs)
         made = backward(out)
         gradients = storage_bytes(made, [*inputs, out])
         del made
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     return _split(
         extra=max(0, peak - before),
         outputs=outputs,
@@ -136,7 +136,8 @@ def _on_cpu(
     )
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Start VmHWM anew at what is resident now. Raises UnavailableError where the system forbids it."""
     try:
         CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
     except OSError as err:
@@ -155,7 +156,8 @@ def _return_free_memory() -> None:
         trim(0)
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """VmRSS or VmHWM of this process. Raises UnavailableError off Linux."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024

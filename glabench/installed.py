@@ -26,10 +26,12 @@ INSTALL = {
     "transformers": "pip install 'glabench[models]'",
     "safetensors": "pip install 'glabench[models]'",
     "lm_eval": "pip install 'glabench[eval]'",
+    "liger_kernel": "pip install 'glabench[gpu]'",
     "cuda": "a machine with an NVIDIA GPU and a CUDA build of torch",
 }
 DISTRIBUTIONS = {
     "fla": "flash-linear-attention",
+    "liger_kernel": "liger-kernel",
     "flash_attn": "flash-attn",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
@@ -73,6 +75,15 @@ def installed_version(module: str) -> str:
 def has_cuda() -> bool:
     """Whether the driver sees a GPU and torch is a CUDA build; neither is imported."""
     return cuda_device_count() > 0 and torch_cuda_version() is not None
+
+
+def no_fused_operations(device: str) -> str | None:
+    """Why Liger-Kernel cannot serve on `device`, or None. Triton's interpreter counts as a GPU: for tests."""
+    if not is_installed("liger_kernel"):
+        return f"Liger-Kernel is not installed: {INSTALL['liger_kernel']}"
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Liger-Kernel needs a GPU"
+    return None
 
 
 def _driver_library() -> str:
@@ -150,6 +161,8 @@ def import_leaf(module: str) -> ModuleType:
             bare.__spec__, bare.__path__ = spec, list(spec.submodule_search_locations)
             bare.__version__ = installed_version(name)
             sys.modules[name] = bare
+            if depth > 1:  # as an import does: others may walk from the top
+                setattr(sys.modules[".".join(parents[: depth - 1])], parents[depth - 1], bare)
     return importlib.import_module(module)
 
 

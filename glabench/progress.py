@@ -12,9 +12,12 @@ MARK = {"ok": "ok", "unsupported": "--", "unavailable": "--"}
 
 def describe_row(row: Row) -> str:
     """One row as one line: where, and the time or the reason."""
-    where = f"{row.impl:<28} {row.passes:<7} {row.batch}x{row.seqlen}"
+    kind = row.condition if row.verb == "throughput" else row.passes
+    where = f"{row.impl:<28} {kind:<7} {row.batch}x{row.seqlen}"
     if row.status != "ok":
         return f"{where:<54} {row.status}: {row.reason}"
+    if row.verb == "throughput":
+        return f"{where:<54} {row.tok_s:10,.0f} tokens/s  {row.step_ms:.4g} ms  {row.peak_mem_mib:,.0f} MiB"
     if row.verb == "memory":
         return f"{where:<54} {row.extra_mem_mib:10.1f} MiB beyond the inputs"
     half = "" if row.time_lo_ms is None else f"  [{row.time_lo_ms:.4g}, {row.time_hi_ms:.4g}]"
@@ -88,7 +91,7 @@ class LiveWatch(PlainWatch):
         self.bar.update(self.task, total=cells)
 
     def now(self, impl: str, case: Case, phase: str) -> None:
-        self.bar.update(self.task, description=f"{impl} {case.passes} {case.batch}x{case.seqlen}: {phase}")
+        self.bar.update(self.task, description=f"{impl} {case.describe()}: {phase}")
 
     def row(self, row: Row) -> None:
         super().row(row)

@@ -11,6 +11,7 @@ from glabench import (
     figure_extrapolate,
     figure_losses,
     figure_recall,
+    figure_throughput,
     figures,
     paper_tables,
     recall_rows,
@@ -62,7 +63,8 @@ def build(folder: Path, out: Path) -> Path:
         for place in figure_recall.find(folder)
         if (rows := recall_rows.load(place / recall_rows.FILE))
     ]
-    if not (parts or runs or lengths or evaluated or recalls):
+    steps = [part for place in figure_throughput.find(folder) for part in figure_throughput.load(place)]
+    if not (parts or runs or lengths or evaluated or recalls or steps):
         raise ResultsError(
             "no results below this folder", where=str(folder), fix="run glabench speed or memory first"
         )
@@ -71,6 +73,9 @@ def build(folder: Path, out: Path) -> Path:
         place = _free(part.place(), taken)
         pictures = figures.render_part(part, out / place)
         sections.append((place, _section(part, place, [p for p in pictures if p.suffix == ".svg"])))
+    for part in steps:
+        place = _free(part.place(), taken)
+        sections.append((place, _throughput(part, place, figure_throughput.draw(part, out / place))))
     if runs:
         place = _free(Path("training"), taken)
         picture = _figure(figure_losses.draw(runs, out / place))
@@ -241,6 +246,26 @@ def _recall_section(
     )
 
 
+def _throughput(part: Results, place: Path, pictures: Sequence[Path]) -> str:
+    """Training steps on one device: what made them, the figures, every row, what a FLOP is."""
+    rows = part.rows()
+    where = device_name(part.run_of(rows[-1].env), rows[-1].device)
+    lines = [
+        *provenance(part, rows),
+        *(f"FLOPs a token, {line}" for line in figure_throughput.formulas(part)),
+    ]
+    blocks = [
+        f'<section id="{_anchor(place)}">\n<h2>Training throughput on {text(where)}</h2>',
+        "".join(f'<p class="soft">{text(line)}</p>' for line in lines),
+        _commands(part),
+        *(_figure(path) for path in pictures),
+        table(figure_throughput.HEADINGS, figure_throughput.table_rows(part)),
+        _environments(part),
+        "</section>",
+    ]
+    return "\n".join(block for block in blocks if block)
+
+
 def _figure(path: Path) -> str:
     """The picture as a data URI: inlined as elements, two pictures would share ids."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -250,6 +275,8 @@ def _figure(path: Path) -> str:
     length = "context" if kind == "decode" else "sequence length"
     alt = f"{words.get(kind, kind)} against {length}: {name}"
     alt = {"loss": "Loss against tokens", **figure_recall.ALT}.get(path.stem, alt)
+    if kind == "throughput":
+        alt = f"Tokens a second and memory of a training step against length and batch: {name}"
     return f'<figure><img alt="{text(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 

@@ -158,6 +158,60 @@ class MemoryRow(CaseRow):
     repeats_equal: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputRow(Row):
+    """One model's training step at one length and batch: forward, loss, backward, clip and AdamW.
+
+    `layer` is the implementation that computed the mixer, `kernels` the autograd functions of libraries
+    and ours that the step's graph holds, `fused` what Liger-Kernel replaced. Rates are of one device.
+    """
+
+    MEASURED: ClassVar[str] = "tok_s"
+
+    model: str
+    size: str
+    condition: str
+    batch: int
+    seqlen: int
+    precision: str
+    layer: str = ""
+    kernels: str = ""
+    fused: str = ""
+    loss_form: str = ""  # "plain", or whose fused linear cross-entropy
+    compile: str = ""  # "no" or "blocks"
+    checkpointing: str = "no"
+    optimizer: str = ""
+    vocabulary: int | None = None
+    params: int | None = None
+    flop_per_token: float | None = None
+    flop_model: str = ""
+    tok_s: float | None = None
+    tok_lo_s: float | None = None
+    tok_hi_s: float | None = None
+    step_ms: float | None = None
+    step_lo_ms: float | None = None
+    step_hi_ms: float | None = None
+    step_p80_ms: float | None = None
+    forward_ms: float | None = None  # medians of the parts, which need not add up to the step's
+    loss_ms: float | None = None
+    backward_ms: float | None = None
+    optimizer_ms: float | None = None
+    steps: int | None = None
+    warmup_steps: int | None = None
+    cold_start_ms: float | None = None
+    timer: str = ""
+    meter: str = ""
+    peak_mem_mib: float | None = None
+    reserved_mib: float | None = None
+    tflop_s: float | None = None
+    mfu_frac: float | None = None  # of the data sheet's dense bf16 rate
+    mfu_measured_frac: float | None = None  # of the products' rate that this run measured
+    initial_loss_nats: float | None = None
+    loss_nats: float | None = None
+    err_ratio: float | None = None  # of the layer's own check, where it has one
+    tol_ratio: float | None = None
+
+
 ROWS: dict[str, type[CaseRow]] = {"speed": SpeedRow, "memory": MemoryRow}
 CASE_COLUMNS = (
     "shape",
@@ -289,7 +343,7 @@ def read_rows(path: Path, row_type: type[Row] | None = None) -> list[dict[str, s
     if not lines:
         return []
     header = lines[0]
-    known = [columns(row_type)] if row_type else [columns(t) for t in ROWS.values()]
+    known = [columns(row_type)] if row_type else [columns(t) for t in (*ROWS.values(), ThroughputRow)]
     if header not in known:
         raise ResultsError(
             f"the columns of {path.name} are not this version's",

@@ -20,6 +20,8 @@ HEAVY_FILES = {
     "models",
     "runners/cells",
     "runners/checking",
+    "runners/step_models",
+    "runners/steps",
     "corpus/manifest",
     "corpus/shards",
     "corpus/tokenizer",
@@ -67,10 +69,11 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "inputs": "errors cases",
     "oracle": "errors oracle_long",
     "kernels": "errors",
-    "models": "errors registry",
+    "models": "errors installed registry",
     "impls": "registry installed kernels",
     "figure_rows": "errors results figure_style",
     "figure_losses": "errors figure_style",
+    "figure_throughput": "errors results figure_style figure_rows",
     "figure_panels": "figure_style",
     "figure_extrapolate": "errors results quality figure_style figure_panels figure_rows",
     "figures": "errors figure_style figure_rows figure_panels",
@@ -78,8 +81,8 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "paper_tables": "results figure_rows score_rows",
     "recall_rows": "results",
     "figure_recall": "errors figure_style recall_rows",
-    "report": "errors results figures figure_style figure_rows figure_losses figure_extrapolate "
-    "figure_recall score_rows paper_tables recall_rows",
+    "report": "errors results figures figure_style figure_rows figure_losses figure_throughput "
+    "figure_extrapolate figure_recall score_rows paper_tables recall_rows",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training "
     "quality score_rows paper_tables recall_rows figure_rows",

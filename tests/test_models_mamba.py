@@ -1,5 +1,11 @@
 """transformers' Mamba with our scan on a CPU computes what it computes with its own."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tolerances import TWO_FP32_FORMS, difference
@@ -59,3 +65,40 @@ def test_shipped_mambas_use_it():
         name = "cache" if hasattr(half, "cache") else "past_key_values"
         rest = model(ids[:, 20:21], **{name: half[name]}, use_cache=True).logits
     assert difference(rest[:, 0], whole[:, 20]) <= TWO_FP32_FORMS
+
+
+STAND_INS = {
+    "mamba_ssm/__init__.py": "raise ImportError('cannot import a class that transformers no longer has')",
+    "mamba_ssm/ops/__init__.py": "",
+    "mamba_ssm/ops/selective_scan_interface.py": """
+        def selective_scan_fn(u, delta, A, B, C): return "scan"
+        def mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, *more): return "inner"
+    """,
+    "mamba_ssm/ops/triton/__init__.py": "",
+    "mamba_ssm/ops/triton/selective_state_update.py": "def selective_state_update(state): return 'update'",
+    "mamba_ssm/ops/triton/ssd_combined.py": """
+        def mamba_chunk_scan_combined(x): return "chunk"
+        def mamba_split_conv1d_scan_combined(zxbcdt): return "split"
+    """,
+    "causal_conv1d/__init__.py": """
+        def causal_conv1d_fn(x, weight): return "conv"
+        def causal_conv1d_update(x, conv_state, weight): return "conv"
+    """,
+}
+
+
+def test_mamba_ssm_is_found_though_its_package_cannot_be_imported(tmp_path):
+    """And it serves tensors on a GPU alone: the model here computes on."""
+    import textwrap
+
+    for name, text in STAND_INS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    script = Path(__file__).with_name("mamba_packages.py")
+    path = os.pathsep.join((str(tmp_path), str(script.parents[1])))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run((sys.executable, str(script)), capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("loss") == pytest.approx(5.557, abs=0.5)
+    assert found == {"used": True, "inner": "inner", "conv": "conv", "walked": "chunk"}

@@ -16,6 +16,7 @@ from glabench.results import (
     RowError,
     RowFile,
     SpeedRow,
+    ThroughputRow,
     columns,
     read_rows,
     rows_path,
@@ -37,6 +38,7 @@ UNITS = (
     "_mhz",
     "_c",
     "_w",
+    "_nats",
 )
 COUNTS = {
     "reps",
@@ -48,6 +50,11 @@ COUNTS = {
     "replicate",
     "seed",
     "schema",
+    "vocabulary",
+    "params",
+    "flop_per_token",
+    "steps",
+    "warmup_steps",
 }
 SIZES = {"batch", "seqlen", "heads", "d_k", "d_v", "head_dim", "device_index"}
 
@@ -77,7 +84,7 @@ def row(**changes):
 
 
 def test_every_number_has_a_unit_or_is_a_count():
-    for cls in (SpeedRow, MemoryRow):
+    for cls in (SpeedRow, MemoryRow, ThroughputRow):
         for f in fields(cls):
             if "int" in str(f.type) or "float" in str(f.type):
                 assert f.name in COUNTS | SIZES or f.name.endswith(UNITS), f.name

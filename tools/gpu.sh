@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 all recall-try recall
-# `all` spreads layers and fig2 over two GPUs where there are two, `recall` over all. Wheels of what the machine lacks are
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 all throughput recall-try
+#                          recall. `all` spreads layers and fig2 over two GPUs where there are two, `recall` over all.
+# Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
 # out/) twice a minute and at the end, so that a run that is cut loses little. TOTAL: seconds for all steps
 # together. The next call with the same SITE goes on.
@@ -52,6 +53,8 @@ for name in "$@"; do
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;
+        throughput) step throughput "$TOTAL" python3 -m glabench throughput ${MODELS:-} --size "${SIZE:-1.3b}" \
+            ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-} ;;
         layers | fig2) suite "$name" "${DEVICE:-cuda}" ;;
         recall-try)  # a few steps of each mixer: does it run, with a CUDA graph, and what does an epoch take
             TAIL=20 step recall-try 300 python3 -m glabench recall --panel b --dims 64,512 --lrs 2e-3 --epochs 2 \

@@ -1,5 +1,6 @@
 """The verbs of language models, their data and their training: parse, call a runner, print."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from glabench.cli import options as opt
 from glabench.cli.shared import Group, print_json, say
+from glabench.errors import DONE, RESULT_SAYS_NO
 
 app = typer.Typer()
 
@@ -110,6 +112,9 @@ def train(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences in one forward pass; default the configuration's.")
     ] = None,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Liger-Kernel's loss, norms and SwiGLU, on a GPU.")
+    ] = False,
     device: opt.Device = "auto",
     json_: opt.Json = False,
 ) -> None:
@@ -117,7 +122,15 @@ def train(
     from glabench.runners import train as training
 
     done = training.train(
-        config, data, out, steps=steps, seed=seed, micro_batch=micro_batch, device=device, say=say
+        config,
+        data,
+        out,
+        steps=steps,
+        seed=seed,
+        micro_batch=micro_batch,
+        fused=fused,
+        device=device,
+        say=say,
     )
     if done is None:
         return
@@ -125,3 +138,80 @@ def train(
         print_json(done)
     else:
         training.show(done)
+
+
+@app.command(
+    short_help="Time whole training steps: tokens/s, memory, MFU.",
+    epilog="Example: glabench throughput gla transformer --size tiny --points 512x2",
+)
+def throughput(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Families (gla, retnet, mamba, mamba2, transformer, gla-fla) or shipped configurations.",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Sizes of the families; default 1.3b, tiny on a CPU.")] = "",
+    points: Annotated[
+        str, typer.Option(help="LENGTHxBATCH, several; default 2kx8,4kx4,8kx2,16kx1, shorter on a CPU.")
+    ] = "",
+    conditions: Annotated[
+        str, typer.Option(help="paper (eager), modern (compiled, fused loss); default both, paper on a CPU.")
+    ] = "",
+    impl: Annotated[str, typer.Option(help="Implementations of the layers, by id; one a family.")] = "",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps a cell; default 24, 8 on a CPU.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=1, help="Steps before them; default 8, 2 on a CPU.")
+    ] = None,
+    device: opt.Device = "auto",
+    cell_limit: Annotated[
+        float | None, typer.Option(help="Seconds the timed steps may take; default 180.")
+    ] = None,
+    cold_limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds building, checking and compiling may take, each; default 300."),
+    ] = None,
+    out: opt.Out = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    seed: opt.Seed = 0,
+    json_: opt.Json = False,
+) -> None:
+    """Time whole training steps of language models: tokens/s, peak memory, MFU and the step's parts."""
+    from glabench.runners import throughput as training
+
+    asked = training.request(
+        models or (),
+        size=size,
+        points=points,
+        conditions=conditions,
+        impl=impl,
+        device=device,
+        steps=steps,
+        warmup=warmup,
+        cell_limit=cell_limit,
+        cold_limit=cold_limit,
+        out=out,
+        resume=resume,
+        seed=seed,
+        argv=sys.argv[1:],
+    )
+    if dry_run:
+        plan = training.dry_run(asked)
+        if json_:
+            print_json(plan)
+        else:
+            training.show_plan(plan)
+        return
+    from glabench import progress
+
+    with progress.watch() as watch:
+        done = training.run(asked, watch)
+    if json_:
+        print_json(done)
+    else:
+        training.show(done)
+    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)

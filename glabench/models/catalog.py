@@ -14,7 +14,7 @@ from transformers import (
 
 from glabench.errors import UsageError, nearest
 from glabench.models.config import GLAConfig, LinearAttentionConfig, RetNetConfig, ffn_width
-from glabench.models.mamba import use_chunked_scan
+from glabench.models.mamba import prepare
 
 # tiny reads bytes: 256 of them, then begin, end and padding. The others have the 32k Mistral vocabulary.
 BYTES = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
@@ -125,8 +125,7 @@ def build(name_or_config: str | PreTrainedConfig, *, dtype: Any = None, **overri
             chosen.implementation = name_or_config.implementation
     options = {} if attention is None else {"attn_implementation": attention}
     options |= {} if dtype is None else {"dtype": dtype}
-    if isinstance(chosen, MambaConfig):
-        use_chunked_scan()
+    prepare(chosen)
     model = AutoModelForCausalLM.from_config(chosen, **options)
     if isinstance(chosen, MambaConfig | Mamba2Config):
         _shrink_outputs(model)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from glabench.errors import UsageError, nearest
 from glabench.models import layouts
 from glabench.models.config import GLAConfig, RetNetConfig
+from glabench.models.mamba import prepare
 
 LAYOUTS = ("fla", "glabench")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +40,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, **overrides: A
     options = {} if attention is None else {"attn_implementation": attention}
     from transformers.initialization import no_init_weights
 
+    prepare(config)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     _check(model, tensors, folder)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -14,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glabench.errors import UsageError
 from glabench.models.config import GLAConfig, LinearAttentionConfig, RetNetConfig
-from glabench.models.mixer import LinearAttention, RMSNorm, rotary_angles
+from glabench.models.mixer import LinearAttention, RMSNorm, rotary_angles, silu_mul
 from glabench.models.state import RecurrentState
 
 # transformers renamed the cache during version 5; both names are arguments, and outputs answer to both
@@ -31,9 +30,10 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.silu_mul = silu_mul  # models/fused.py puts a fused one here
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(GradientCheckpointingLayer):
@@ -60,13 +60,28 @@ class Block(GradientCheckpointingLayer):
 
 
 class Backbone(nn.Module):
-    """Embeddings, blocks and the last norm."""
+    """Embeddings, blocks, last norm: x [B, T, D] -> hidden states, next state, all layers' hidden states."""
 
     def __init__(self, config: LinearAttentionConfig) -> None:
         super().__init__()
+        self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, past: RecurrentState | None, mask: Tensor | None, keep: bool, show: bool
+    ) -> tuple[Tensor, RecurrentState | None, tuple[Tensor, ...] | None]:
+        seen = 0 if past is None else past.seen
+        rotary = rotary_angles(self.config, seen, x.shape[1], x)
+        states, hidden = [], [x]
+        for i, block in enumerate(self.layers):
+            x, state = block(x, None if past is None else past.states[i], rotary, mask, keep)
+            states.append(state)
+            hidden.append(x)
+        x = self.norm(x)
+        state = RecurrentState(states, seen + x.shape[1]) if keep else None
+        return x, state, (*hidden[:-1], x) if show else None
 
 
 class LinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
@@ -143,7 +158,7 @@ class LinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
                 "padding at the right would decay the state", where="attention_mask", fix="pad at the left"
             )
         keep = (self.config.use_cache and not self.training and not right) if use_cache is None else use_cache
-        x, state, hidden = self._run(x, past, mask, keep, output_hidden_states or False)
+        x, state, hidden = self.model(x, past, mask, keep, output_hidden_states or False)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
         loss = None
@@ -153,20 +168,6 @@ class LinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
             )
         out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: state})
         return out.to_tuple() if return_dict is False else out
-
-    def _run(
-        self, x: Tensor, past: RecurrentState | None, mask: Tensor | None, keep: bool, show: bool
-    ) -> tuple[Tensor, RecurrentState | None, tuple[Tensor, ...] | None]:
-        seen = 0 if past is None else past.seen
-        rotary = rotary_angles(self.config, seen, x.shape[1], x)
-        states, hidden = [], [x]
-        for i, block in enumerate(self.model.layers):
-            x, state = block(x, None if past is None else past.states[i], rotary, mask, keep)
-            states.append(state)
-            hidden.append(x)
-        x = self.model.norm(x)
-        state = RecurrentState(states, seen + x.shape[1]) if keep else None
-        return x, state, (*hidden[:-1], x) if show else None
 
     def _checked(self, past: Any, batch: int) -> RecurrentState | None:
         if past is None or (isinstance(past, RecurrentState) and not past.states):

@@ -1,15 +1,66 @@
-"""transformers' Mamba with our chunked scan: on a CPU, and where a sequence is read in pieces."""
+"""What transformers' Mamba layers compute with: mamba-ssm's kernels on a GPU, else our chunked scan."""
 
+import functools
+import importlib
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Mamba2Config, MambaConfig, PreTrainedConfig
 
+from glabench.installed import has_cuda, import_leaf, is_installed
 from glabench.registry import implementations
 
 NAME = "mamba_selective_scan"  # what transformers' Mamba block calls
 _carried: list[Tensor | None] = []  # what the next scan starts from, set just before it by its own block
+INTERFACE = "mamba_ssm.ops.selective_scan_interface"
+LEAVES = (INTERFACE, "mamba_ssm.ops.triton.selective_state_update", "mamba_ssm.ops.triton.ssd_combined")
+MODELS = ("transformers.models.mamba.modeling_mamba", "transformers.models.mamba2.modeling_mamba2")
+
+
+def prepare(config: PreTrainedConfig) -> None:
+    """Before transformers builds a model: where it is a Mamba, let it find what computes best here."""
+    if isinstance(config, MambaConfig | Mamba2Config):
+        use_installed_kernels()
+    if isinstance(config, MambaConfig):
+        use_chunked_scan()
+
+
+@functools.cache
+def use_installed_kernels() -> bool:
+    """Let transformers' Mamba layers find mamba-ssm and causal-conv1d; whether they are there. Idempotent.
+
+    mamba-ssm's package imports its language models, which ask transformers for classes of other versions;
+    where that import fails transformers goes on without the kernels, token by token. So its operations are
+    imported alone, before transformers looks. Newer versions of transformers would call them on a CPU too.
+    """
+    if not (has_cuda() and is_installed("mamba_ssm") and is_installed("causal_conv1d")):
+        return False
+    interface, *_ = (import_leaf(name) for name in LEAVES)
+    package = sys.modules["mamba_ssm"]
+    for name in ("selective_scan_fn", "mamba_inner_fn"):  # what the package itself would offer
+        setattr(package, name, getattr(interface, name))
+    hub = importlib.import_module("transformers.integrations.hub_kernels")
+    known = getattr(hub, "_KERNEL_MODULE_MAPPING", {})  # of versions that ask by name, at first use
+    known |= {"mamba-ssm": package, "causal-conv1d": importlib.import_module("causal_conv1d")}
+    for model in map(importlib.import_module, MODELS):
+        for name, function in list(vars(model).items()):
+            if name.startswith(("mamba", "causal_conv1d")) and hasattr(function, "__wrapped__"):
+                setattr(model, name, _on_gpu(function))
+    return True
+
+
+def _on_gpu(kernel: Any) -> Any:
+    plain = kernel.__wrapped__
+
+    @functools.wraps(plain)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        return (kernel if first.is_cuda else plain)(*args, **kwargs)
+
+    return choose
 
 
 def use_chunked_scan() -> None:

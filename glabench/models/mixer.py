@@ -23,6 +23,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def silu_mul(x: Tensor, y: Tensor) -> Tensor:
+    """swish(x) * y."""
+    return F.silu(x) * y
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32."""
 
@@ -73,6 +78,7 @@ class LinearAttention(nn.Module):
                 linear.xavier_gain = XAVIER_GAIN  # a mark: transformers initialises layer by layer
         norm = RMSNorm if config.layout == "fla" else HeadLayerNorm
         self.g_norm = norm(config.head_v, config.norm_eps)
+        self.silu_mul = silu_mul  # models/fused.py puts a fused one here
 
     def forward(
         self,
@@ -98,7 +104,7 @@ class LinearAttention(nn.Module):
             else:
                 layer = layer_for(self.config, q, torch.is_grad_enabled())
                 o, state = in_parts(layer, q, k, v, gates, self.config.scale, state, keep_state)
-        o = self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x))
+        o = self.silu_mul(self.g_proj(x), self.g_norm(o).flatten(-2))
         return self.o_proj(o), state
 
     def log_gates(self, x: Tensor) -> Tensor | None:
@@ -213,9 +219,13 @@ def _chosen_step(
 
 def layer_for(config: LinearAttentionConfig, q: Tensor, backward: bool) -> Callable[..., Any]:
     """What computes the layer for tensors like q [B, T, H, K]: the one configured, or the best that can."""
-    device = "cuda" if q.is_cuda else "cpu"
+    return LOADED[layer_id(config, "cuda" if q.is_cuda else "cpu", q.dtype, backward)]
+
+
+def layer_id(config: LinearAttentionConfig, device: str, dtype: torch.dtype, backward: bool) -> str:
+    """Its id. Raises: UsageError, UnavailableError."""
     shape = (config.num_heads, config.head_k, config.head_v)
-    return LOADED[_load(config.implementation, config.family, device, q.dtype, shape, backward)]
+    return _load(config.implementation, config.family, device, dtype, shape, backward)
 
 
 @torch.compiler.assume_constant_result  # a compiler takes the id as given, and does not trace the registry

@@ -4,11 +4,8 @@ A grid point's life: prepare each arm (cold start, check), sample the arms in sh
 again on fresh inputs, measure memory, write the rows. A fault costs its own cell.
 """
 
-import fcntl
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +43,7 @@ class Sweep:
     def run(self) -> list[Row]:
         """Measure what is missing and return the new rows. Raises GlabenchError before measuring."""
         started = time.perf_counter()
-        with _device_lock(self.request.device, self.watch):
+        with turns.device_lock(self.request.device, self.watch.say):
             try:
                 self._open()
                 points = self._points()
@@ -320,7 +317,7 @@ class Sweep:
 
     def _worker(self, impl_id: str) -> Worker:
         if impl_id not in self.workers:
-            limit = _spare_memory() if self.request.kind == "cpu" else None
+            limit = spare_memory() if self.request.kind == "cpu" else None
             self.workers[impl_id] = Worker(impl_id, memory_limit_bytes=limit, env=TUNE_ONCE, preload=CELLS)
         return self.workers[impl_id]
 
@@ -331,20 +328,8 @@ class Sweep:
         return lambda phase: self.watch.now(arm.impl.id, arm.case, phase)
 
 
-def _spare_memory() -> int:
+def spare_memory() -> int:
     """Most of what is free: past it an allocation fails in the worker, and no OOM killer has to choose."""
     import psutil
 
     return int(psutil.virtual_memory().available * 0.8)
-
-
-@contextmanager
-def _device_lock(device: str, watch: Watch) -> Iterator[None]:
-    """Two runs on one device queue up instead of spoiling each other."""
-    with turns.lock_path("sweep", device).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            watch.say(f"waiting: another glabench is measuring on {device}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -19,6 +19,7 @@ def train(
     steps: int | None,
     seed: int,
     micro_batch: int | None,
+    fused: bool,
     device: str,
     say: Callable[[str], None],
 ) -> dict[str, Any] | None:
@@ -36,7 +37,7 @@ def train(
     from glabench.training import folder, settings
 
     device = env.pick_device(device)
-    config = settings.load(name, steps=steps, micro_batch=micro_batch)
+    config = settings.load(name, steps=steps, micro_batch=micro_batch, fused=fused)
     config = settings.resolve_precision(config, device)
     made = corpus.read_manifest(data)
     is_main = int(os.environ.get("RANK", 0)) == 0

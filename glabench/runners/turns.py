@@ -8,7 +8,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -77,3 +77,15 @@ def step_aside() -> Iterator[None]:
     finally:
         for mine in _held.values():
             mine.take()
+
+
+@contextlib.contextmanager
+def device_lock(device: str, say: Callable[[str], None]) -> Iterator[None]:
+    """For a whole run: two on one device queue up instead of spoiling each other."""
+    with lock_path("sweep", device).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting: another glabench is measuring on {device}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

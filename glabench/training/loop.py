@@ -60,6 +60,10 @@ class Trainer:
         self.model = model.to(state.device)
         if settings.grad_checkpointing:
             _checkpoint_activations(self.model)
+        if settings.fused:
+            from glabench.models.fused import fuse
+
+            fuse(self.model, operations=not settings.compile)  # a compiler fuses norms and SwiGLU itself
         processes.shard(self.model, state)
         if settings.compile:
             self.model.compile()

@@ -16,6 +16,7 @@ OPERATIONAL = (
     "micro_batch",
     "grad_checkpointing",
     "compile",
+    "fused",
     "eval_every",
     "eval_tokens",
     "save_every",
@@ -47,6 +48,7 @@ class Settings:
     micro_batch: int = 8  # sequences in one forward pass of one process
     grad_checkpointing: bool = False
     compile: bool = False
+    fused: bool = False  # Liger-Kernel's loss and, where nothing is compiled, norms and SwiGLU; on a GPU
     eval_every: int = 0  # steps; 0: after the last one only
     eval_tokens: int = 1 << 20  # of the validation split, from its start
     save_every: int = 1000
@@ -127,7 +129,9 @@ class Config:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load(name: str, *, steps: int | None = None, micro_batch: int | None = None) -> Config:
+def load(
+    name: str, *, steps: int | None = None, micro_batch: int | None = None, fused: bool = False
+) -> Config:
     """A .toml file, or the name of a shipped configuration with its size's recipe.
 
     Raises: UsageError for an unknown name or key, or a value that makes no sense.
@@ -150,6 +154,8 @@ def load(name: str, *, steps: int | None = None, micro_batch: int | None = None)
         recipe["warmup_steps"] = min(recipe.get("warmup_steps", 0), max(1, steps // 10))
     if micro_batch is not None:
         recipe["micro_batch"] = micro_batch
+    if fused:
+        recipe["fused"] = True
     return Config(model, _settings(recipe, where))
 
 

@@ -1,0 +1,139 @@
+"""Fused operations from Liger-Kernel in a model that is built: norms, SwiGLU, rotary positions, the loss."""
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from glabench.errors import UnavailableError
+from glabench.installed import no_fused_operations
+
+# what is known to compute x / rms(x) * weight: other families' norms have the same names and other formulas
+NORMS = {
+    "glabench.models.mixer.RMSNorm": ("eps", "gemma"),  # Liger's word for float32 throughout, rounded once
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm": ("variance_epsilon", "llama"),
+    "transformers.models.mamba.modeling_mamba.MambaRMSNorm": ("variance_epsilon", "llama"),
+    "transformers.models.mamba2.modeling_mamba2.Mamba2RMSNorm": ("variance_epsilon", "llama"),
+}
+MODELS = ("glabench_gla", "glabench_retnet", "llama", "mamba", "mamba2")
+ROTARY = "apply_rotary_pos_emb"  # what transformers' Llama layer calls
+IGNORED = -100  # the label that has no loss, in transformers as in PyTorch
+
+
+def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tuple[str, ...]:
+    """Let a causal language model, ours or transformers', compute with Liger-Kernel; its weights stay.
+
+    `operations`: every RMSNorm, swish(x) * y, and the transformer's rotary positions. `loss`: the output
+    matrix and the cross-entropy in one, in training with labels; logits are then not made, and the
+    output's `logits` are the last hidden states.
+    Returns what was replaced: of rms_norm, silu_mul, rotary, linear_cross_entropy.
+    Raises: UnavailableError without Liger-Kernel or a GPU, and for models of other kinds.
+    """
+    reason = no_fused_operations(str(next(model.parameters()).device))
+    if reason is None and model.config.model_type not in MODELS:
+        reason = f"known for {', '.join(MODELS)}, not for {model.config.model_type}"
+    if reason:
+        raise UnavailableError("no fused operations", where="fused", fix=reason)
+    replaced = set()
+    if operations:
+        replaced = {part for module in list(model.modules()) for part in _fuse_module(module)}
+        if isinstance(model, modeling_llama.LlamaPreTrainedModel):
+            _fuse_rotary()
+            replaced.add("rotary")
+    if loss:
+        _fuse_loss(model)
+        replaced.add("linear_cross_entropy")
+    return tuple(sorted(replaced))
+
+
+def _fuse_module(module: nn.Module) -> list[str]:
+    """Replace what this one module computes itself; its children come in turn."""
+    if _name(module) in NORMS:
+        module.forward = MethodType(_rms_norm, module)
+        return ["rms_norm"]
+    if hasattr(module, "silu_mul"):
+        from liger_kernel.transformers.functional import liger_swiglu
+
+        module.silu_mul = liger_swiglu
+        return ["silu_mul"]
+    if isinstance(module, modeling_llama.LlamaMLP):
+        module.forward = MethodType(_swiglu, module)
+        return ["silu_mul"]
+    return []
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    eps, casting = NORMS[_name(module)]
+    return liger_rms_norm(x, module.weight, getattr(module, eps), 0.0, casting, False)
+
+
+def _swiglu(module: nn.Module, x: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    return module.down_proj(liger_swiglu(module.gate_proj(x), module.up_proj(x)))
+
+
+def _fuse_rotary() -> None:
+    """For all of transformers' Llamas in this process, on a GPU; elsewhere theirs stays."""
+    theirs = getattr(modeling_llama, ROTARY)
+    if hasattr(theirs, "glabench"):
+        return
+    from liger_kernel.transformers.functional import liger_rope
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        if not q.is_cuda:
+            return theirs(q, k, cos, sin, *more, **options)
+        return liger_rope(q, k, cos, sin)
+
+    rotary.glabench = True
+    setattr(modeling_llama, ROTARY, rotary)
+
+
+def _fuse_loss(model: nn.Module) -> None:
+    """The output layer hands the hidden states through, and the loss function has its weights."""
+    head, plain = model.lm_head, model.loss_function
+    wanted = False
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal wanted
+        wanted = model.training and kwargs.get("labels") is not None
+
+    def logits(x: Tensor) -> Tensor:
+        return x if wanted else F.linear(x, head.weight, head.bias)
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        if not wanted:
+            return plain(logits=logits, labels=labels, vocab_size=vocab_size, **options)
+        return linear_cross_entropy(logits, head.weight, labels)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    head.forward = logits
+    model.loss_function = loss
+
+
+@torch.compiler.disable
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, its logits made and dropped in parts.
+
+    Shapes: hidden [B, T, D], weight [vocabulary, D], labels [B, T]. Under autocast in its type; the
+    weight's gradient is summed in float32.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return liger_fused_linear_cross_entropy(
+        hidden.flatten(0, 1), weight, following.flatten(), accum_dtype=torch.float32
+    )

@@ -1,0 +1,91 @@
+"""tools/quality.py: the runs it plans are runs that `glabench train` takes, at the rate that tuning found."""
+
+import importlib.util
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from glabench.models import catalog
+from glabench.training import settings
+
+ROOT = Path(__file__).parents[1]
+HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
+
+
+@pytest.fixture(scope="module")
+def quality():
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "tools" / "quality.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quality"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["quality"]
+
+
+@pytest.fixture
+def site(quality, tmp_path, monkeypatch):
+    words = ["quality.py", "all", "--site", str(tmp_path / "site"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
+    return quality.Site(quality.arguments())
+
+
+def trained(quality, site, name, model, lr, valid):
+    """What a finished run leaves behind."""
+    run = site.runs / name
+    run.mkdir()
+    (run / "metrics.csv").write_text(
+        f"{HEADER}\n1,10,5.0,0.1,1.0,5.0,9.0,\n2,20,4.0,0.1,1.0,5.0,9.0,{valid}\n"
+    )
+    identity = {"model": {"name": model}, "seed": 0, "train": {"lr": lr, "steps": 2}}
+    (run / "train.json").write_text(json.dumps({"identity": identity}))
+
+
+def test_every_planned_run_is_one_that_train_takes(quality, site, tmp_path):
+    planned = [job for step in quality.STEPS[1:] for job in quality.jobs(site, step)]
+    assert len({job.name for job in planned}) == len(planned) == 12 + 4 + 1 + 12
+    for job in planned:
+        path = tmp_path / "c.toml"
+        path.write_text(job.toml())
+        found = settings.load(str(path))
+        assert found.model["name"] in catalog.names() and found.settings.sequences >= 1
+        budget = site.args.tune_tokens if job.name.startswith("tune") else site.args.tokens
+        assert 0 <= budget - found.settings.steps * found.settings.batch_tokens < found.settings.batch_tokens
+    (carried,) = quality.jobs(site, "tbptt")
+    assert (carried.train["segments"], carried.train["batch_tokens"]) == (12, 5 * 12 * 2048)  # near 64 x 2048
+    assert {job.seed for job in quality.jobs(site, "ablations")} == {0, 1}
+
+
+def test_the_rate_is_the_best_tuned_one_unless_one_is_given(quality, site):
+    assert quality.rate(site, "gla") == quality.RATE
+    for lr, valid in ((1e-3, 4.2), (2e-3, 3.9), (4e-3, 4.0)):
+        trained(quality, site, f"tune-gla-{lr}", "gla-30m", lr, valid)
+    assert quality.rate(site, "gla") == 2e-3 and quality.rate(site, "mamba") == quality.RATE
+    site.args.lr = "gla=5e-4"
+    assert quality.rate(site, "gla") == 5e-4
+
+
+def test_a_run_is_finished_when_its_last_step_was_evaluated(quality, site):
+    (job,) = [job for job in quality.jobs(site, "main") if job.name == "main-gla"]
+    assert not quality.finished(site, job)
+    trained(quality, site, "main-gla", "gla-30m", 1e-3, 3.5)
+    assert not quality.finished(site, job)
+    job.train["steps"] = 2
+    assert quality.finished(site, job)
+
+
+def test_what_is_packed_has_the_curves_and_no_weights(quality, site):
+    trained(quality, site, "main-gla", "gla-30m", 1e-3, 3.5)
+    kept = site.runs / "main-gla" / "checkpoints" / "step-00000002"
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors").write_bytes(b"x")
+    for weights in (False, True):
+        site.args.weights = weights
+        quality.pack(site)
+        with tarfile.open(site.args.out / "quality.tar.gz") as tar:
+            names = tar.getnames()
+        assert {"summary.csv", "runs/main-gla/metrics.csv", "runs/main-gla/train.json"} <= set(names)
+        assert ("runs/main-gla/step-00000002/model.safetensors" in names) == weights
+    assert "main-gla,gla-30m,0,0.001,2,2,20,3.5,4.50000,5" in (site.args.site / "summary.csv").read_text()
