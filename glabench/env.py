@@ -25,7 +25,8 @@ from glabench.installed import (
     installed_version,
     ptxas_version,
 )
-from glabench.results import SCHEMA, write_whole
+from glabench.results import write_whole
+from glabench.rows import SCHEMA
 
 PEERS = ("flash_attn", "mamba_ssm", "causal_conv1d", "fla")
 PACKAGES = ("numpy", "pandas", "matplotlib", "typer", "transformers", "accelerate", "liger-kernel")

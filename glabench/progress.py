@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from glabench.cases import Case
-from glabench.results import Row
+from glabench.rows import Row
 
 MARK = {"ok": "ok", "unsupported": "--", "unavailable": "--"}
 

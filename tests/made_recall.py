@@ -3,7 +3,7 @@
 import math
 
 from glabench.quality.mixers import MIXERS
-from glabench.recall_rows import FILE, RecallRow
+from glabench.quality.recall_rows import FILE, RecallRow
 from glabench.results import RowFile
 
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)

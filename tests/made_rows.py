@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict
 
 from glabench.cases import SHAPES, make_cases
-from glabench.results import MemoryRow, RowFile, SpeedRow
+from glabench.results import RowFile
+from glabench.rows import MemoryRow, SpeedRow
 
 FEW = {"gla_chunk_torch": "gla", "attention_sdpa": "attention", "mamba_torch": "mamba"}
 MANY = {

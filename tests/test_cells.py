@@ -8,7 +8,7 @@ import pytest
 
 from glabench.cases import Case
 from glabench.pool import Worker
-from glabench.results import SpeedRow, columns
+from glabench.rows import SpeedRow, columns
 from glabench.runners import cells, checking
 
 FAULTY = Path(__file__).with_name("faulty_impls.py")

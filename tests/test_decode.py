@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from glabench import figure_rows, registry
+from glabench import registry
 from glabench.cases import SHAPES, make_cases
+from glabench.figures import rows as figure_rows
 from glabench.runners import cells
 from glabench.worker import CellFailure
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from glabench import figure_extrapolate as figure
 from glabench import report
 from glabench.errors import ResultsError
+from glabench.figures import extrapolate as figure
 from glabench.quality.extrapolate_rows import FILE, ExtrapolateRow
 from glabench.results import RowFile
 
@@ -100,7 +100,7 @@ def test_the_report_has_it_and_draws_it_the_same_again(tmp_path):
 
 
 def test_drawing_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import glabench.figure_extrapolate, glabench.report"
+    code = "import sys; sys.modules['torch'] = None; import glabench.figures.extrapolate, glabench.report"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 

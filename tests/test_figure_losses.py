@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from glabench import figure_losses, report
+from glabench import report
 from glabench.errors import ResultsError
+from glabench.figures import losses as figure_losses
 
 HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
 

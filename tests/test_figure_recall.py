@@ -5,9 +5,11 @@ import json
 import pytest
 from made_recall import made_folder, made_row
 
-from glabench import figure_recall, recall_rows, report
+from glabench import report
 from glabench.errors import ResultsError
-from glabench.recall_rows import FILE, RecallRow
+from glabench.figures import recall as figure_recall
+from glabench.quality import recall_rows
+from glabench.quality.recall_rows import FILE, RecallRow
 from glabench.results import RowFile
 
 

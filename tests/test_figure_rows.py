@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_rows import FEW, MANY, RUN, cases, memory, speed, write
 
-from glabench import figure_style as fs
-from glabench import figures
 from glabench.errors import ResultsError
-from glabench.figure_rows import arm_texts, how_timed, load, provenance, sheets, split_grids
+from glabench.figures import layers as figures
+from glabench.figures import style as fs
+from glabench.figures.rows import arm_texts, how_timed, load, provenance, sheets, split_grids
 
 NEVER = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -196,7 +196,8 @@ def test_drawing_imports_neither_torch_nor_pyplot_and_importing_not_even_matplot
     write(tmp_path, [speed(cases()[0], "gla_chunk", "gla"), memory(cases()[0], "gla_chunk", "gla")])
     program = """if True:
         import sys, pathlib
-        from glabench import figures, report
+        from glabench import report
+        from glabench.figures import layers as figures
         early = {"matplotlib", "numpy", "pandas"} & set(sys.modules)
         figures.render(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]) / "out")
         print(sorted(early | ({"torch", "triton", "matplotlib.pyplot"} & set(sys.modules))))

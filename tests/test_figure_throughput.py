@@ -5,10 +5,12 @@ import json
 import pytest
 from made_rows import RUN
 
-from glabench import figure_style as fs
-from glabench import figure_throughput, report
+from glabench import report
 from glabench.errors import ResultsError
-from glabench.results import RowFile, ThroughputRow
+from glabench.figures import style as fs
+from glabench.figures import throughput as figure_throughput
+from glabench.results import RowFile
+from glabench.rows import ThroughputRow
 
 FAMILIES = {"gla": "gla", "gla-fla": "gla", "mamba": "mamba", "transformer": "attention"}
 POINTS = ((2048, 8), (4096, 4), (8192, 2), (16384, 1))

@@ -6,9 +6,9 @@ import math
 import pytest
 from made_rows import FEW, LENGTHS, MANY, cases, memory, speed, write
 
-from glabench import figure_style as fs
-from glabench import figures
-from glabench.figure_rows import load, sheets
+from glabench.figures import layers as figures
+from glabench.figures import style as fs
+from glabench.figures.rows import load, sheets
 
 
 def drawn(draw, folder, verb="speed"):

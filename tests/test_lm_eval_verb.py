@@ -11,10 +11,12 @@ from eval_calls import DATA
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glabench import paper_tables, report, score_rows
+from glabench import report
 from glabench.cli import app
 from glabench.corpus import tokenizer
 from glabench.models import checkpoints
+from glabench.quality import score_rows
+from glabench.report import paper_tables
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

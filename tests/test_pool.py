@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glabench.pool import Outcome, Worker, wait_any
-from glabench.results import STATUSES
+from glabench.rows import STATUSES
 
 HERE = Path(__file__).parent
 LIMITS = {"other": 20.0}

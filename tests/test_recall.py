@@ -8,11 +8,10 @@ import torch
 from tolerances import TWO_FP32_FORMS, difference
 from training_calls import run
 
-from glabench import recall_rows
-from glabench.quality import mqar, recall, recall_model
+from glabench.quality import mqar, recall, recall_model, recall_rows
 from glabench.quality.mixers import MIXERS
 from glabench.quality.recall_model import RecallModel
-from glabench.recall_rows import FILE
+from glabench.quality.recall_rows import FILE
 from glabench.registry import implementations
 from glabench.runners import recall_grid as grid
 

@@ -10,6 +10,8 @@ from made_rows import FEW, RUN, cases, memory, speed, write
 
 from glabench import report
 from glabench.errors import ResultsError
+from glabench.figures import style as fs
+from glabench.report import layers
 
 NASTY = '<script>alert("x")</script> & \'more\', "quoted"'
 VOID = {"meta", "img", "br", "link"}
@@ -102,11 +104,9 @@ def test_the_fastest_of_a_grid_point_is_named_with_its_interval_and_floor(built)
     first, second = sorted(times.values(), key=lambda r: r.time_ms)[:2]
     row = re.search(r"<tr><td>fwd</td><td[^>]*>1k</td>.*?</tr>", built[1])[0]
     cells = Page(row).cells
-    assert cells[3] == first.impl and cells[4] == report.fs.time_text(first.time_ms)
-    assert cells[5] == report.interval(first) and cells[6] == report.fs.ratio_text(3.0)
-    assert cells[7].startswith(
-        f"{second.impl}, {report.fs.ratio_text(second.time_ms / first.time_ms)} the time"
-    )
+    assert cells[3] == first.impl and cells[4] == fs.time_text(first.time_ms)
+    assert cells[5] == layers.interval(first) and cells[6] == fs.ratio_text(3.0)
+    assert cells[7].startswith(f"{second.impl}, {fs.ratio_text(second.time_ms / first.time_ms)} the time")
 
 
 def test_an_order_that_the_intervals_leave_open_is_said_to_be_open():
@@ -114,8 +114,8 @@ def test_an_order_that_the_intervals_leave_open_is_said_to_be_open():
     near, far = (
         replace(a, impl="b", time_lo_ms=a.time_hi_ms * k, time_ms=a.time_hi_ms * 1.2) for k in (0.99, 1.01)
     )
-    assert report._next(a, near).endswith("(intervals overlap)")
-    assert not report._next(a, far).endswith("(intervals overlap)")
+    assert layers._next(a, near).endswith("(intervals overlap)")
+    assert not layers._next(a, far).endswith("(intervals overlap)")
 
 
 def test_the_command_and_the_environment_are_shown(built):
@@ -131,7 +131,7 @@ def test_every_row_is_in_a_table(built):
     timed = [Page(r).cells for r in rows]
     for case in cases((1024, 2048), ("fwd",)):
         for impl, family in FEW.items():
-            want = report.fs.time_text(speed(case, impl, family).time_ms)
+            want = fs.time_text(speed(case, impl, family).time_ms)
             assert any(cells[1] == impl and cells[5] == want for cells in timed)
 
 

@@ -11,18 +11,8 @@ from dataclasses import fields
 import pytest
 
 from glabench.errors import ResultsError
-from glabench.results import (
-    MemoryRow,
-    RowError,
-    RowFile,
-    SpeedRow,
-    ThroughputRow,
-    columns,
-    read_rows,
-    rows_path,
-    to_line,
-    write_whole,
-)
+from glabench.results import RowFile, read_rows, rows_path, write_whole
+from glabench.rows import MemoryRow, RowError, SpeedRow, ThroughputRow, columns, to_line
 
 UNITS = (
     "_ms",
@@ -188,7 +178,8 @@ def test_two_verbs_do_not_share_a_file(tmp_path):
 READ_ONLY = """
 import os, pathlib, sys
 from glabench.errors import ResultsError
-from glabench.results import RowFile, SpeedRow
+from glabench.results import (RowFile)
+from glabench.rows import (SpeedRow)
 if os.getuid() == 0:  # root may write anything: become nobody
     os.setuid(65534)
 try:

@@ -14,7 +14,7 @@ from glabench import cost
 from glabench.cases import Arm
 from glabench.errors import UsageError
 from glabench.pool import Outcome
-from glabench.results import ThroughputRow, columns
+from glabench.rows import ThroughputRow, columns
 from glabench.runners import step_models, steps, throughput, throughput_run
 from glabench.worker import CellFailure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from glabench.errors import ResultsError
-from glabench.results import Row
+from glabench.rows import Row
 
 VERB, FILE, DOCUMENTS = "extrapolate", "extrapolate.csv", "documents.jsonl"
 Protocol = Literal["document", "state_passing", "sliding"]

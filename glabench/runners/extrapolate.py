@@ -12,7 +12,8 @@ from glabench.errors import UnavailableError, UsageError
 from glabench.installed import INSTALL, is_installed
 from glabench.meter import meter
 from glabench.quality.extrapolate_rows import DOCUMENTS, FILE, VERB, DocumentFile, ExtrapolateRow
-from glabench.results import BAD, RowFile
+from glabench.results import RowFile
+from glabench.rows import BAD
 from glabench.worker import classify
 
 DEFAULT_WINDOW = 2048  # of a sliding window, where the training length is not known: the paper's

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glabench import env, paper_tables, tables
+from glabench import env, tables
 from glabench.errors import GlabenchError, UnavailableError, UsageError
 from glabench.installed import INSTALL, installed_version, is_installed
-from glabench.results import BAD, RowFile, append_json
-from glabench.score_rows import FILE, ScoreRow, latest, unit
+from glabench.quality.score_rows import FILE, ScoreRow, latest, unit
+from glabench.report import paper_tables
+from glabench.results import RowFile, append_json
+from glabench.rows import BAD
 
 NEEDS = ("lm_eval", "transformers", "safetensors")
 LEAST_VERSION = (0, 4, 13)  # older ones define the tasks of Table 3 otherwise
@@ -213,7 +215,7 @@ class _Evaluation:
         }
 
     def _stored(self, keys: dict[str, Any]) -> list[ScoreRow]:
-        from glabench.figure_rows import typed
+        from glabench.rows import typed
 
         wanted = RowFile.key(keys)
         mine = (

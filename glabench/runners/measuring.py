@@ -22,7 +22,8 @@ from glabench.cases import (
 )
 from glabench.errors import UnavailableError, UsageError
 from glabench.registry import Implementation
-from glabench.results import BAD, ROWS, columns, read_rows, rows_path
+from glabench.results import read_rows, rows_path
+from glabench.rows import BAD, ROWS, columns
 from glabench.runners.request import Request, Watch, known_failure
 from glabench.runners.sweep import Sweep
 from glabench.suite import Suite, load_suite

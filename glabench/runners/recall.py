@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import recall_rows, tables
-from glabench.recall_rows import DIVERGED
-from glabench.results import BAD
+from glabench import tables
+from glabench.quality import recall_rows
+from glabench.quality.recall_rows import DIVERGED
+from glabench.rows import BAD
 from glabench.runners.recall_grid import Panel, Request
 from glabench.runners.recall_training import Training
 

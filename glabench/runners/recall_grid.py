@@ -14,7 +14,7 @@ from glabench.cases import parse_range, split_names
 from glabench.errors import UnavailableError, UsageError, nearest
 from glabench.installed import is_installed
 from glabench.quality.mixers import MIXERS, head_widths, mixer
-from glabench.recall_rows import KEYS
+from glabench.quality.recall_rows import KEYS
 from glabench.registry import Implementation
 
 PANELS = Path(__file__).parents[1] / "quality" / "recall_panels.toml"

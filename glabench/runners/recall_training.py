@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from glabench import env, recall_rows
+from glabench import env
 from glabench.errors import UnavailableError
 from glabench.pool import Outcome, Worker, wait_any
+from glabench.quality import recall_rows
 from glabench.quality.mixers import MIXERS, head_widths
-from glabench.recall_rows import DIVERGED, RecallRow
-from glabench.results import SETTLED, RowFile, append_json
+from glabench.quality.recall_rows import DIVERGED, RecallRow
+from glabench.results import RowFile, append_json
+from glabench.rows import SETTLED
 from glabench.runners.recall_grid import Cell, Request
 
 TRAIN = "glabench.quality.recall:train"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from glabench.cases import Case, arm_of
 from glabench.errors import UsageError
 from glabench.registry import Implementation
-from glabench.results import Row
+from glabench.rows import Row
 from glabench.suite import Suite
 
 

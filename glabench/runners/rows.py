@@ -8,7 +8,7 @@ from glabench import cost, stats
 from glabench.cases import Case, Regime, arm_of
 from glabench.errors import UsageError
 from glabench.registry import Implementation
-from glabench.results import CaseRow, MemoryRow, SpeedRow, columns
+from glabench.rows import CaseRow, MemoryRow, SpeedRow, columns
 
 PREPARED = (
     "err_ratio",

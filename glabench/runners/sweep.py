@@ -14,7 +14,8 @@ from glabench.cases import Case
 from glabench.errors import UnavailableError
 from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
-from glabench.results import RESUME_KEY, ROWS, Row, RowFile, append_json, rows_path
+from glabench.results import RowFile, append_json, rows_path
+from glabench.rows import RESUME_KEY, ROWS, Row
 from glabench.runners import rows, turns
 from glabench.runners.request import Arm, Request, Watch, known_failure, most_to_compile, series
 

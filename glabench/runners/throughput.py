@@ -10,7 +10,7 @@ from glabench.cases import choose, parse_size, split_names
 from glabench.errors import UnavailableError, UsageError
 from glabench.installed import is_installed
 from glabench.pool import Worker
-from glabench.results import BAD, ThroughputRow, columns
+from glabench.rows import BAD, ThroughputRow, columns
 from glabench.runners.request import Watch
 from glabench.runners.throughput_run import CONDITIONS, PEER, Cell, Point, Request, Run, known_failure
 

@@ -12,7 +12,8 @@ from glabench.cases import Arm
 from glabench.errors import UnavailableError
 from glabench.installed import INSTALL, installed_version, is_installed, no_fused_operations
 from glabench.pool import Outcome, Worker
-from glabench.results import RESUME_KEY, RowFile, ThroughputRow, append_json, rows_path
+from glabench.results import RowFile, append_json, rows_path
+from glabench.rows import RESUME_KEY, ThroughputRow
 from glabench.runners import turns
 from glabench.runners.request import Watch
 from glabench.runners.sweep import CEILING_S, CELLS, TUNE_ONCE, spare_memory

@@ -1,13 +1,14 @@
 """Rows of `glabench recall`, and which learning rate of a sweep counts. No torch: figures read them too."""
 
-import csv
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from glabench.results import Row, read_rows
+from glabench import paper
+from glabench.results import read_rows
+from glabench.rows import Row
 
 FILE = "recall.csv"
 DIVERGED = "diverged: "  # how the reason of a run without a finite loss begins
@@ -140,9 +141,7 @@ def _best(
 
 def published() -> dict[tuple[str, int, int, int], float]:
     """(mixer, seqlen, pairs, width) -> accuracy as GLA's Figure 4 prints it."""
-    path = Path(__file__).parent / "paper" / "figure4.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            (r["mixer"], int(r["seqlen"]), int(r["kv_pairs"]), int(r["d_model"])): float(r["acc_token_frac"])
-            for r in csv.DictReader(file)
-        }
+    return {
+        (r["mixer"], int(r["seqlen"]), int(r["kv_pairs"]), int(r["d_model"])): float(r["acc_token_frac"])
+        for r in paper.read("figure4")
+    }

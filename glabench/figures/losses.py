@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_style as fs
 from glabench.errors import ResultsError
+from glabench.figures import style as fs
 
 METRICS, IDENTITY = "metrics.csv", "train.json"
 HEADER = "step,tokens,loss,"
@@ -63,18 +63,7 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 def draw(runs: list[Run], out: Path) -> Path:
     """Write out/loss.svg and loss.png and return the first; unchanged runs give identical files."""
     with fs.style():
-        figure = _figure(runs)
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                figure.savefig(
-                    out / f"loss.{kind}", format=kind, metadata=metadata, facecolor="white", dpi=200
-                )
-            except OSError as err:
-                raise ResultsError(
-                    f"cannot write loss.{kind}: {err.strerror}", where=str(out), fix="choose another --out"
-                ) from err
-    return out / "loss.svg"
+        return fs.save(_figure(runs), out, "loss")[0]
 
 
 def _figure(runs: list[Run]) -> Any:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from glabench.figure_rows import typed
-from glabench.results import Row, read_rows
+from glabench.results import read_rows
+from glabench.rows import Row, typed
 
 FILE = "lm-eval.csv"
 

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from glabench.errors import ResultsError
-from glabench.figure_style import FAMILIES, memory_text, number_text, short, tokens_text
-from glabench.results import CaseRow, MemoryRow, Row, SpeedRow, read_rows, rows_path
+from glabench.figures.style import FAMILIES, memory_text, number_text, short, tokens_text
+from glabench.results import read_rows, rows_path
+from glabench.rows import CaseRow, MemoryRow, SpeedRow, typed
 
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
 DECODE = "decode"  # one token of each sequence: never in one figure with whole sequences
@@ -70,25 +71,6 @@ def load(folder: Path) -> Results:
     drawn = {id(r) for r in (*last_speed, *last_memory)}
     earlier = tuple(r for r in (*speed, *memory) if id(r) not in drawn)
     return Results(folder, tuple(last_speed), tuple(last_memory), runs_of(folder / "run.json"), earlier)
-
-
-def typed(kind: type[Row], record: dict[str, str]) -> Any:
-    """A CSV record -> its dataclass. Raises ResultsError for a field that is not of its type."""
-    values: dict[str, Any] = {}
-    for f in fields(kind):
-        text, wanted = record[f.name], {f.type, *get_args(f.type)}
-        try:
-            if type(None) in wanted and text == "":
-                values[f.name] = None
-            else:
-                values[f.name] = float(text) if float in wanted else int(text) if int in wanted else text
-        except ValueError as err:
-            raise ResultsError(
-                f"{f.name} = {text!r} is not a number",
-                where=f"{record['impl']} case {record['case']}",
-                fix="mend or remove that line",
-            ) from err
-    return kind(**values)
 
 
 def latest(rows: Iterable[Any]) -> list[Any]:

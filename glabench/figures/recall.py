@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_style as fs
-from glabench import recall_rows
-from glabench.errors import ResultsError
+from glabench.figures import style as fs
+from glabench.quality import recall_rows
 
 ALT = {
     "recall_width": "Accuracy against model width, measured and published",
@@ -35,18 +34,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     for name, figure_of in (("recall_width", _widths), ("recall_rates", _rates)):
         with fs.style():
             figure = figure_of(rows)
-            for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-                try:
-                    out.mkdir(parents=True, exist_ok=True)
-                    path = out / f"{name}.{kind}"
-                    figure.savefig(path, format=kind, metadata=metadata, facecolor="white", dpi=200)
-                except OSError as err:
-                    raise ResultsError(
-                        f"cannot write {name}.{kind}: {err.strerror}",
-                        where=str(out),
-                        fix="choose another --out",
-                    ) from err
-        written.append(out / f"{name}.svg")
+            written.append(fs.save(figure, out, name)[0])
     return written
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glabench.figure_style import (
+from glabench.figures.style import (
     DARK,
     EDGE_PT,
     GREY,

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_style as fs
-from glabench.errors import ResultsError
-from glabench.figure_rows import Results, latest, runs_of, typed
-from glabench.results import ThroughputRow, read_rows, rows_path
+from glabench.figures import style as fs
+from glabench.figures.rows import Results, latest, runs_of, typed
+from glabench.results import read_rows, rows_path
+from glabench.rows import ThroughputRow
 
 FILE = rows_path(Path(), "throughput").name
 PEER = "gla-fla"
@@ -44,22 +44,8 @@ def draw(part: Results, out: Path) -> list[Path]:
     for size in dict.fromkeys(row.size for row in part.speed):
         rows = [row for row in part.speed if row.size == size]
         with fs.style():
-            figure = _figure(rows, size)
-            made.append(_save(figure, out, f"throughput_{size}"))
+            made.append(fs.save(_figure(rows, size), out, f"throughput_{size}")[0])
     return made
-
-
-def _save(figure: Any, out: Path, name: str) -> Path:
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            path = out / f"{name}.{kind}"
-            figure.savefig(path, format=kind, metadata=metadata, facecolor="white", dpi=200)
-        except OSError as err:
-            raise ResultsError(
-                f"cannot write {name}.{kind}: {err.strerror}", where=str(out), fix="choose another --out"
-            ) from err
-    return out / f"{name}.svg"
 
 
 def _figure(rows: Rows, size: str) -> Any:

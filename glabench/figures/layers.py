@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_style as fs
-from glabench.errors import ResultsError
-from glabench.figure_panels import (
+from glabench.figures import style as fs
+from glabench.figures.panels import (
     NAME_GAP_PT,
     Axis,
     Box,
@@ -26,7 +25,7 @@ from glabench.figure_panels import (
     names_width,
     strip_height,
 )
-from glabench.figure_rows import (
+from glabench.figures.rows import (
     PASSES,
     Results,
     Sheet,
@@ -39,7 +38,6 @@ from glabench.figure_rows import (
     what_is_missing,
 )
 
-FORMATS = ("svg", "png")
 HEAD_PT, TITLE_PT, TICKS_PT, GAP_PT = 36.0, 14.0, 16.0, 10.0
 EMPTY_PT = 40.0  # height of a panel where no panel has a value
 SEGMENTS = (
@@ -51,7 +49,7 @@ FILLS: tuple[dict[str, Any], ...] = ({}, {"alpha": 0.4}, {"fill": False, "hatch"
 Values = tuple[float | None, float | None, float | None]  # y and its interval
 
 
-def render(folder: Path, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def render(folder: Path, out: Path, formats: Sequence[str] = fs.FORMATS) -> list[Path]:
     """Draw every figure of a results folder; unchanged rows give identical files.
 
     Several suites or devices in one folder get a folder <suite>/<device> each below `out`.
@@ -64,7 +62,7 @@ def render(folder: Path, out: Path, formats: Sequence[str] = FORMATS) -> list[Pa
     ]
 
 
-def render_part(part: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def render_part(part: Results, out: Path, formats: Sequence[str] = fs.FORMATS) -> list[Path]:
     """Draw one suite and device's figures into `out`. Raises ResultsError."""
     written: list[Path] = []
     speed = sheets(part.speed)
@@ -77,22 +75,8 @@ def render_part(part: Results, out: Path, formats: Sequence[str] = FORMATS) -> l
         stem = f"{draw.__name__.removeprefix('draw_')}_{sheet.name}"
         with fs.style():
             figure = draw(sheet, part)
-            written += [_save(figure, out / f"{stem}.{kind}", kind) for kind in formats]
+            written += fs.save(figure, out, stem, formats)
     return written
-
-
-def _save(figure: Any, path: Path, kind: str) -> Path:
-    metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.get(kind)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=kind, metadata=metadata, facecolor="white")
-    except OSError as err:
-        raise ResultsError(
-            f"cannot write {path.name}: {err.strerror}",
-            where=str(path),
-            fix="choose another folder with --out",
-        ) from err
-    return path
 
 
 def series_of(sheet: Sheet, passes: str, value: Callable[[Any], Values]) -> list[Series]:

@@ -1,20 +1,18 @@
 """extrapolate.csv -> the layout of the paper's Figure 5: perplexity against position. Never imports torch."""
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glabench import figure_style as fs
-from glabench.errors import ResultsError
-from glabench.figure_panels import NAME_GAP_PT, Footer, Page, Series, draw_names
-from glabench.figure_rows import device_name, runs_of, slug, typed
+from glabench import paper
+from glabench.figures import style as fs
+from glabench.figures.panels import NAME_GAP_PT, Footer, Page, Series, draw_names
+from glabench.figures.rows import device_name, runs_of, slug, typed
 from glabench.quality.extrapolate_rows import FILE, ExtrapolateRow
 from glabench.results import read_rows
 
-REPORTED = Path(__file__).parent / "paper" / "reported.csv"
 PUBLISHED_BUCKET = 2048  # the paper's; beside other buckets its numbers would mislead
 DATASETS = {"ppl_pg19": "PG19", "ppl_slimpajama_test": "SlimPajama"}
 FAMILY_OF = {"Transformer++": "attention", "RetNet": "retention", "Mamba": "mamba", "GLA": "gla"}
@@ -143,8 +141,7 @@ def _line(rows: list[ExtrapolateRow], is_bits: bool) -> Line:
 
 def published() -> list[tuple[str, list[Line]]]:
     """(dataset, lines) of the paper's Figure 5, from the numbers that ship with glabench."""
-    with REPORTED.open(encoding="utf-8", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["artefact"] == "fig5"]
+    rows = paper.read("figure5")
     found = []
     for metric, title in DATASETS.items():
         lines: dict[str, list[tuple[int, float, float, float]]] = {}
@@ -177,19 +174,7 @@ def table_rows(sheet: Sheet) -> list[list[str]]:
 def draw(sheet: Sheet, out: Path) -> list[Path]:
     """Write out/extrapolate_NAME.svg and .png; the same rows give the same files. Raises: ResultsError."""
     with fs.style():
-        figure = _figure(sheet)
-        written = []
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            path = out / f"extrapolate_{sheet.name}.{kind}"
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, format=kind, metadata=metadata, facecolor="white")
-            except OSError as err:
-                raise ResultsError(
-                    f"cannot write {path.name}: {err.strerror}", where=str(out), fix="choose another --out"
-                ) from err
-            written.append(path)
-    return written
+        return fs.save(_figure(sheet), out, f"extrapolate_{sheet.name}")
 
 
 def _figure(sheet: Sheet) -> Any:

@@ -1,17 +1,16 @@
 """Rows of lm-eval -> the paper's Tables 2, 3 and 5, ours beside the published. CSV in, never torch."""
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glabench import score_rows
-from glabench.figure_rows import slug
+from glabench import paper
+from glabench.figures.rows import slug
+from glabench.quality import score_rows
+from glabench.quality.score_rows import ScoreRow
 from glabench.results import write_whole
-from glabench.score_rows import ScoreRow
 
-PUBLISHED = Path(__file__).parent / "paper" / "tables.csv"  # Yang et al., ICML 2024 (PMLR 235)
 MODELS = {"glabench_gla": "GLA", "glabench_retnet": "RetNet", "mamba": "Mamba", "llama": "Transformer++"}
 SIZES = {"340M": 340e6, "1.3B": 1.3e9}
 SAME_SIZE = 1.5  # parameters may differ by this factor and still be the published size
@@ -43,13 +42,10 @@ class Published:
 def published() -> dict[str, list[Published]]:
     """Every table by its title."""
     found: dict[str, dict[tuple[str, str], Published]] = {}
-    with PUBLISHED.open(encoding="utf-8", newline="") as file:
-        for r in csv.DictReader(file):
-            lines = found.setdefault(r["table"], {})
-            line = lines.setdefault(
-                (r["model"], r["size"]), Published(r["model"], r["size"], r["tokens"], {})
-            )
-            line.values[r["task"], r["metric"]] = float(r["value"])
+    for r in paper.read("tables"):  # Yang et al., ICML 2024 (PMLR 235)
+        lines = found.setdefault(r["table"], {})
+        line = lines.setdefault((r["model"], r["size"]), Published(r["model"], r["size"], r["tokens"], {}))
+        line.values[r["task"], r["metric"]] = float(r["value"])
     return {table: list(lines.values()) for table, lines in found.items()}
 
 

@@ -1,0 +1,1 @@
+"""CSV -> figures, without torch: one module a verb, and what they share."""
