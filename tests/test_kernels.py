@@ -94,6 +94,12 @@ def _run(script, given=""):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def test_what_is_compiled_ahead_is_what_a_call_launches():
+    (found,) = _run("kernel_launches.py")
+    assert all(point["launches"] >= 3 for point in found.values()), found
+    assert not {name: point["differ"] for name, point in found.items() if point["differ"]}
+
+
 def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
     (found,) = _run("kernel_operators.py")
     assert len(found) == 5

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from glabench.kernels import gla_tiles
+from glabench.kernels import ahead, gla_tiles
 from glabench.kernels.arguments import check_bounds
 from glabench.kernels.gla_carry import carry_kernel
 from glabench.kernels.gla_configs import Launch, plan_for
@@ -65,6 +65,24 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """o [B, T, H, V], the final state [rows, H, K, V] or None, and, to `keep`, what backward needs."""
+    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    how = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
+    with ahead.during(functools.partial(_whole, tensors, how)):
+        return _forward(*tensors, **how)
+
+
+def _whole(tensors: tuple[Tensor | None, ...], how: dict) -> None:
+    """The launches of a call, and of its backward pass where it keeps what that needs, without memory."""
+    q, k, v, g, state = (None if x is None else torch.empty_like(x, device="meta") for x in tensors[:5])
+    kept = _forward(q, k, v, g, state, tensors[5], **how)[2]
+    if kept is not None:
+        options = {"scale": how["scale"], "gate": how["gate"], "wants_d_initial": state is not None}
+        backward(torch.empty_like(v), None, q, k, v, g, kept, tensors[5], **options)
+
+
+def _forward(
+    q, k, v, g, initial_state, cu_seqlens, *, scale, gate, output_final_state, keep
+) -> tuple[Tensor, Tensor | None, Kept | None]:
     B, T, H, V = v.shape
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
@@ -350,8 +368,13 @@ def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
     return -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * rows * k.shape[2]
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Of the device that launches are for."""
+    return _multiprocessors(ahead.device_of(device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
@@ -477,6 +500,10 @@ def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
     """
     if not programs:
         return
+    asked = ahead.asked()
+    if asked is not None:
+        asked.append(ahead.Asked(kernel, tensors, numbers, constants, tile.options()))
+        return
     if INTERPRETED:
         kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
         return
@@ -486,6 +513,7 @@ def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
     compiled = _compiled.get(key)
     with _on(device):
         if compiled is None:
+            ahead.compile_rest(tensors[0].device)
             _compiled[key] = kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
         else:
             compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
