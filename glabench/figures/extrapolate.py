@@ -105,8 +105,9 @@ def _note(rows: Sequence[ExtrapolateRow], device: str) -> str:
     docs = " to ".join(map(str, sorted({r.n_docs for r in rows})))
     tokenizers, dtypes = (", ".join(sorted({getattr(r, n) for r in rows})) for n in ("tokenizer", "dtype"))
     size = fs.tokens_text(rows[0].bucket_tokens)
+    word = "document" if docs == "1" else "documents"
     return (
-        f"{docs} documents of {rows[0].dataset}, each read from its start; a point is the mean over the "
+        f"{docs} {word} of {rows[0].dataset}, each read from its start; a point is the mean over the "
         f"{size} positions that end there. Bands: 95% bootstrap interval over documents. "
         f"{tokenizers} tokens; {dtypes}; {device}."
     )
