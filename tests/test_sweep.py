@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from glabench import registry
+from glabench.cases import SHAPES, make_cases
+from glabench.runners.request import Arm, to_compile
+
 FAULTY = Path(__file__).with_name("faulty_impls.py")
 GOOD = "gla_chunk_torch"
 SMALL = ("--device", "cpu", "--seqlen", "128,256", "--passes", "fwd")
@@ -152,3 +156,18 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_rows(tmp_path):
     assert kept and {r["status"] for r in kept} == {"ok"}
     resumed = glabench(*words, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0 and len(rows(tmp_path / "out")) == 6
+
+
+def test_the_shortest_and_the_longest_case_are_compiled_ahead():
+    implementation = registry.implementations()["gla_chunk"]
+    cases = make_cases(
+        shapes=(SHAPES["340m"],), seqlens=(1024, 4096, 16384), passes=("fwd", "fwd_bwd"), dtypes=("bf16",),
+        tokens=16384, batch=None, where="test",
+    )  # fmt: skip
+    arms = [Arm(implementation, case, ("speed",)) for case in cases]
+    assert [(a.case.passes, a.case.seqlen) for a in to_compile(arms)] == [
+        ("fwd_bwd", 1024),
+        ("fwd_bwd", 16384),
+    ]
+    alone = [a for a in arms if (a.case.passes, a.case.seqlen) == ("fwd", 4096)]
+    assert to_compile(alone) == alone

@@ -1,5 +1,6 @@
 """What a sweep is asked for, and what it keeps of one implementation at one grid point."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,9 +78,21 @@ def known_failure(impl: Implementation, case: Case, device: str) -> tuple[str, s
     return ("unsupported", reason) if reason else None
 
 
-def most_to_compile(arm: Arm) -> tuple[bool, int]:
-    """Sorts the case with a backward pass, then the shortest, to the front."""
-    return arm.case.passes == "fwd", arm.case.seqlen
+def to_compile(arms: Iterable[Arm]) -> list[Arm]:
+    """Of each implementation, shape and dtype the shortest case with the most passes, then the longest ones.
+
+    Long sequences may be cut up by other kernels than short ones.
+    """
+    groups: dict[tuple[str, str, str], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.impl.id, arm.case.shape, arm.case.dtype), []).append(arm)
+    firsts, lasts = [], []
+    for group in groups.values():
+        first = min(group, key=lambda a: (a.case.passes == "fwd", a.case.seqlen))
+        last = max((a for a in group if a.case.passes == first.case.passes), key=lambda a: a.case.seqlen)
+        firsts.append(first)
+        lasts += [last] if last is not first else []
+    return firsts + lasts
 
 
 def series(arm: Arm) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from glabench.registry import Implementation
 from glabench.results import RowFile, append_json, rows_path
 from glabench.rows import RESUME_KEY, ROWS, Row
 from glabench.runners import rows, turns
-from glabench.runners.request import Arm, Request, Watch, known_failure, most_to_compile, series
+from glabench.runners.request import Arm, Request, Watch, known_failure, series, to_compile
 
 CELLS = "glabench.runners.cells"
 CHECK_TOKENS = 16384  # whole sequences are compared with the oracle up to this many tokens a cell
@@ -148,13 +148,9 @@ class Sweep:
         What they compile and tune stays in Triton's cache on disk; how long it took belongs to the row of
         the cell that was run for it.
         """
-        chosen: dict[tuple[str, str, str], Arm] = {}
-        for arm in arms:
-            if self.request.kind == "cuda" and arm.impl.compiles and self._failure_before(arm) is None:
-                key = (arm.impl.id, arm.case.shape, arm.case.dtype)
-                chosen[key] = min(chosen.get(key, arm), arm, key=most_to_compile)
+        able = [a for a in arms if a.impl.compiles and self._failure_before(a) is None]
         flying: dict[Worker, Arm] = {}
-        for arm in list(chosen.values())[:MAX_AHEAD]:
+        for arm in to_compile(able)[:MAX_AHEAD] if self.request.kind == "cuda" else ():
             self.watch.say(f"compiling ahead: {arm.impl.id}, {arm.case.describe()}")
             worker = Worker(f"ahead {arm.impl.id}", env=TUNE_ONCE)
             worker.start(f"{CELLS}:compile_ahead", self._arguments(arm), limits=self._limits())
