@@ -6,7 +6,7 @@ import pytest
 
 from glabench import registry
 from glabench.errors import UsageError
-from glabench.runners import verify
+from glabench.runners import verify, verifying
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RIGHT = [i.id for i in registry.implementations().values() if "cpu" in i.devices]
@@ -186,3 +186,11 @@ def test_an_unknown_implementation_is_misuse():
         verify.check(
             {"impl": {"file": "none.py:f", "family": "gla"}, "point": {}, "device": "cpu", "threads": 1}
         )
+
+
+def test_several_processes_find_what_one_finds():
+    names = ("linear_attention_chunk_torch", "gla_step_torch")
+    one, four = (
+        verifying.verify(names, device="cpu", family=None, say=lambda _: None, jobs=jobs) for jobs in (1, 4)
+    )
+    assert one["ok"] and four == one

@@ -44,13 +44,16 @@ def verify(
     impl: Annotated[str, typer.Option(help="The same, separated by commas.")] = "",
     family: opt.FamilyOf = "",
     device: opt.Device = "auto",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes at once; default 1, on a GPU by the cores.")
+    ] = None,
     json_: opt.Json = False,
 ) -> None:
     """Compare implementations with the float64 oracle; exit code 1 where one is off."""
     from glabench.runners import verifying
 
     names = (*(impls or ()), *(n for n in impl.split(",") if n))
-    report = verifying.verify(names, device=device, family=family or None, say=say)
+    report = verifying.verify(names, device=device, family=family or None, say=say, jobs=jobs)
     if json_:
         print_json(report)
     else:

@@ -1,6 +1,7 @@
-"""`glabench verify`: implementations against the float64 oracle over a grid, each in its own process."""
+"""`glabench verify`: implementations against the float64 oracle over a grid, in processes of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from glabench import env, registry, tables
@@ -11,12 +12,18 @@ from glabench.runners import verify as grid
 
 CHECK = "glabench.runners.verify:check"
 COLD_LIMIT_S, POINT_LIMIT_S = 300.0, 60.0
+MOST_JOBS = 12  # each holds a CUDA context
 
 
 def verify(
-    names: tuple[str, ...], *, device: str, family: str | None, say: Callable[[str], None]
+    names: tuple[str, ...],
+    *,
+    device: str,
+    family: str | None,
+    say: Callable[[str], None],
+    jobs: int | None = None,
 ) -> dict[str, Any]:
-    """Check `names` (default: all that run on `device`); one entry a grid point, `ok` over all.
+    """Check `names` (default: all that run on `device`) in `jobs` processes; an entry a grid point.
 
     Raises UsageError or UnavailableError for a name that is unknown or cannot run here.
     """
@@ -30,37 +37,67 @@ def verify(
             raise UsageError(
                 f"nothing of {family} runs on {device}", where="--family", fix="see glabench list"
             )
-    points = []
-    for impl in impls:
-        mine = _verify_one(impl, device)
-        off = sum(not point["ok"] for point in mine)
-        say(f"{impl.id}: {len(mine)} points, {'all within tolerance' if not off else f'{off} off'}")
-        points += mine
+    tasks = [(impl, point) for impl in impls for point in grid.points(impl, device.split(":")[0])]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (impl, _), point in zip(tasks, _checked(tasks, device, jobs or _jobs(device)), strict=True):
+        mine = found.setdefault(impl.id, [])
+        mine.append(point)
+        if len(mine) == sum(of is impl for of, _ in tasks):
+            off = sum(not point["ok"] for point in mine)
+            say(f"{impl.id}: {len(mine)} points, {'all within tolerance' if not off else f'{off} off'}")
+    points = [point for mine in found.values() for point in mine]
     return {"device": device, "ok": all(p["ok"] for p in points), "points": points}
 
 
-def _verify_one(impl: Implementation, device: str) -> list[dict[str, Any]]:
-    worker = Worker(impl.id)
-    threads = env.usable_cores()
-    made = []
+def _jobs(device: str) -> int:
+    """One process on a CPU; on a GPU as many as compile well beside each other, since nothing is timed."""
+    return 1 if device == "cpu" else max(1, min(MOST_JOBS, env.usable_cores() // 2))
+
+
+def _checked(
+    tasks: list[tuple[Implementation, dict[str, Any]]], device: str, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The outcome of each task, in order, `jobs` at once; no process sees two implementations."""
+    idle: dict[str, list[Worker]] = {impl.id: [] for impl, _ in tasks}
+
+    def check(task: tuple[Implementation, dict[str, Any]]) -> dict[str, Any]:
+        impl, point = task
+        mine = idle[impl.id]
+        worker = mine.pop() if mine else Worker(impl.id)
+        try:
+            return _check(worker, impl, point, device)
+        finally:
+            mine.append(worker)
+
     try:
-        for point in grid.points(impl, device.split(":")[0]):
-            arguments = {"impl": impl.spec(), "point": point, "device": device, "threads": threads}
-            outcome = worker.call(CHECK, arguments, limits={"cold": COLD_LIMIT_S, "other": POINT_LIMIT_S})
-            errors = outcome.value["errors"] if outcome.status == "ok" else []
-            made.append(
-                {
-                    "impl": impl.id,
-                    "point": point,
-                    "status": outcome.status,
-                    "reason": outcome.reason or (outcome.value or {}).get("reason", ""),
-                    "errors": errors,
-                    "ok": outcome.status == "ok" and all(e["ok"] for e in errors),
-                }
-            )
+        with ThreadPoolExecutor(jobs) as pool:
+            outcomes = pool.map(check, tasks)
+            for number, outcome in enumerate(outcomes):
+                yield outcome
+                if number + 1 == len(tasks) or tasks[number + 1][0] is not tasks[number][0]:
+                    _close(idle[tasks[number][0].id])
     finally:
-        worker.close()
-    return made
+        for workers in idle.values():
+            _close(workers)
+
+
+def _close(workers: list[Worker]) -> None:
+    while workers:
+        workers.pop().close()
+
+
+def _check(worker: Worker, impl: Implementation, point: dict[str, Any], device: str) -> dict[str, Any]:
+    arguments = {"impl": impl.spec(), "point": point, "device": device, "threads": env.usable_cores()}
+    outcome = worker.call(CHECK, arguments, limits={"cold": COLD_LIMIT_S, "other": POINT_LIMIT_S})
+    errors = outcome.value["errors"] if outcome.status == "ok" else []
+    return {
+        "impl": impl.id,
+        "point": point,
+        "status": outcome.status,
+        "reason": outcome.reason or (outcome.value or {}).get("reason", ""),
+        "errors": errors,
+        "ok": outcome.status == "ok" and all(e["ok"] for e in errors),
+    }
 
 
 def show(report: dict[str, Any]) -> None:
