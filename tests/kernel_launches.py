@@ -18,6 +18,7 @@ POINTS = {  # gate, T, whether one kernel carries the state, whether a state com
     "channel, carried, no gradients": (3, 70, True, True, False),
     "channel, segments": (3, 260, False, False, True),
     "none, carried": (0, 130, True, False, True),
+    "fixed, carried": (1, 70, True, True, True),
     "head": (2, 70, False, False, True),
 }
 
@@ -25,7 +26,7 @@ POINTS = {  # gate, T, whether one kernel carries the state, whether a state com
 def tensors(gate, T, has_state):
     """q, k, v, g and a state."""
     q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
-    g = {3: -torch.rand(1, T, 1, 16), 2: -torch.rand(1, T, 1)}.get(gate)
+    g = {3: -torch.rand(1, T, 1, 16), 2: -torch.rand(1, T, 1), 1: -torch.rand(1)}.get(gate)
     return q, k, v, g, torch.randn(1, 1, 16, 16) if has_state else None, None
 
 
@@ -52,6 +53,7 @@ def main():
 
     for name in ("scale", "carry", "state", "output", "gradient", "exact"):
         setattr(gla_launch, f"{name}_kernel", Watched(getattr(gla_launch, f"{name}_kernel")))
+    gla_launch.CARRIED = (gla_launch.NONE, gla_launch.FIXED, gla_launch.CHANNEL)
     for name, (gate, T, is_carried, has_state, keep) in POINTS.items():
         gla_launch.CARRY_PROGRAMS = 0 if is_carried else 1e9
         gla_launch.SEGMENT = 64 if "segments" in name else 4096

@@ -44,7 +44,7 @@ SETS = {
     + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
     "carried": [
         _point(f, T, 48, 32, form=form, regime=r, states=T != 65, carried=True)
-        for f in ("gla", "linear_attention")
+        for f in ("gla", "linear_attention", "retention")
         for T, r, form in (
             (1, "trained", "materialised"),
             (65, "trained", "recompute"),
@@ -54,15 +54,22 @@ SETS = {
         )
     ]
     + [
-        _point("gla", 200, bounds=PACKED, regime="mixed", form=form, carried=True)
+        _point(f, 200, bounds=PACKED, regime="mixed", form=form, carried=True)
+        for f in ("gla", "retention")
         for form in ("materialised", "recompute")
     ],
     "carried in segments": [
         _point(f, T, segment=1, regime=r, heads=1, carried=True, states=T != 300)
-        for f, T, r in (("gla", 290, "trained"), ("gla", 290, "mixed"), ("linear_attention", 300, "trained"))
+        for f, T, r in (
+            ("gla", 290, "trained"),
+            ("gla", 290, "mixed"),
+            ("linear_attention", 300, "trained"),
+            ("retention", 290, "trained"),
+        )
     ],
     "carried in two blocks of keys": [
-        _point("gla", 130, 64, 16, heads=1, regime=r, carried=True) for r in ("trained", "mixed")
+        _point(f, 130, 64, 16, heads=1, regime=r, carried=True)
+        for f, r in (("gla", "trained"), ("gla", "mixed"), ("retention", "trained"))
     ],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }

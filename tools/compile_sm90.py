@@ -51,7 +51,7 @@ def exists(name, gate, K, BK, reverse, hard):
         return False
     if name in ("carry", "exact") and BK * 2 < K:
         return False
-    return gate == "channel" or (name not in ("scale", "exact") and (name != "carry" or gate == "none"))
+    return gate == "channel" or (name not in ("scale", "exact") and (name != "carry" or gate != "head"))
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
@@ -71,7 +71,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     }
     constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
-    constants |= {"SEGMENTS": 1, "KEEP": True, "GATED": gate == GATES["channel"]}
+    constants |= {"SEGMENTS": 1, "KEEP": True}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     if name == "recurrent":
@@ -81,7 +81,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)
-    if name == "carry" and gate == GATES["none"]:
+    if name == "carry" and gate != GATES["channel"]:
         absent += ["total", "reach"]
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}

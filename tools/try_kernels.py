@@ -255,10 +255,10 @@ def launches(family, shape, T, tokens):
     }
     if gate == 3:
         uses["scale"] = lambda: launch.scaled(q, k, v, g, chunks, **how)
-    if gate in (0, 3) and key_blocks(K) <= 2:
-        uses["carry"] = lambda: launch.run_carry(xs, ys, v, kept, h, o, *ends, **on)
-        uses["carry back"] = lambda: launch.run_carry(ys, xs, do, kept, dh, o, *ends, **back)
-        uses["carry alone"] = lambda: launch.run_carry(xs, ys, v, kept, None, o, *ends, **on)
+    if gate != 2 and key_blocks(K) <= 2:
+        uses["carry"] = lambda: launch.run_carry(xs, ys, v, g, kept, h, o, *ends, **on)
+        uses["carry back"] = lambda: launch.run_carry(ys, xs, do, g, kept, dh, o, *ends, **back)
+        uses["carry alone"] = lambda: launch.run_carry(xs, ys, v, g, kept, None, o, *ends, **on)
     return uses, (K, V, gate)
 
 

@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
+    CHANNEL,
+    FIXED,
+    LOG2E,
     kept_share,
     load_tile,
     next_state,
@@ -19,6 +22,8 @@ def carry_block(
     x,
     y,
     value,
+    own,
+    kept,
     S,
     sums,
     coming,
@@ -33,7 +38,7 @@ def carry_block(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     REVERSE: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -43,8 +48,10 @@ def carry_block(
         store_state(h, S, v, col, V, K, BV, BK)
     out = tl.dot(x, tl.trans(S.to(x.dtype)), out, input_precision=PRECISION)
     A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    if GATED:
+    if GATE == CHANNEL:
         S = next_state(S, value, y, sums, kept_share(coming), lowest, PRECISION)
+    elif GATE == FIXED:
+        S = tl.dot(tl.trans(own), y, S * kept, input_precision=PRECISION)
     elif REVERSE:
         S += tl.dot(tl.trans(value), y, input_precision=PRECISION) * scale
     else:
@@ -57,6 +64,7 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     q,
     k,
     v,
+    g,
     total,
     reach,
     h,
@@ -74,7 +82,7 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
@@ -86,8 +94,8 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
 ):
     """o of one head of one row, for BV of its value channels and all key channels; the states if KEEP.
 
-    Math:   o = q S + (q k^T, j <= i) v, S' = e^(b_C) S + k^T v; with gates, q and k of scale_kernel, whose
-            decays and scale they bring along, and S as it is stored.
+    Math:   o = q S + (q k^T, j <= i) v, S' = e^(b_C) S + k^T v; with gates a channel q and k come from
+            scale_kernel with decays and scale, and S is as it is stored; a fixed gate is taken here.
             REVERSE, from q = k, k = q, v = do, gives dv and the states' gradients, back to front.
     Grid:   V / BV, H, rows, the first fastest; a row's segments are rows, `first` has a state for each.
     HBM:    reads q, k V / BV times and v once; writes o and, if KEEP, K V / C elements a token and head.
@@ -114,7 +122,9 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     sums = tl.zeros([BK], tl.float32)
     sums2, coming, coming2 = sums, sums, sums
     lowest, lowest2 = 0.0, 0.0
-    if GATED:
+    if GATE == FIXED:
+        rate = tl.load(g + head) * LOG2E
+    if GATE == CHANNEL:
         at = (chunk0 + (chunks - 1 if REVERSE else 0)) * H + head
         sums = tl.load(total + at * K + ks, mask=(ks < K) & (chunks > 0), other=0.0)
         lowest = tl.load(reach + at * NK, mask=chunks > 0, other=0.0)
@@ -134,31 +144,40 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
         value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
         x = load_tile(q + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         y = load_tile(k + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
+        own, kept = value, 1.0
+        if GATE == FIXED:  # every exponent is a count of tokens times the head's gate
+            before, after = (rows + 1) * rate, (count - 1 - rows) * rate
+            to_here, from_here = (after, before) if REVERSE else (before, after)
+            share = power2(from_here) * (scale if REVERSE else 1.0)
+            own, kept = (value * share[:, None]).to(TYPE), power2(count * rate)
         A = tl.zeros([C, C], tl.float32)
         out = tl.zeros([C, BV], tl.float32)
         states = h + at * K * V if KEEP else h
         more = chunks - 1 - n > 0  # what comes is loaded a chunk ahead: nothing waits for it
         ahead = (chunk0 + (m - 1 if REVERSE else m + 1)) * H + head
-        if GATED:
+        if GATE == CHANNEL:
             coming = tl.load(total + ahead * K + ks, mask=(ks < K) & more, other=0.0)
         S, A, out = carry_block(
-            x, y, value, S, sums, coming, lowest, A, out, scale, states, vb * BV, 0,
-            K, V, BK, BV, GATED, REVERSE, KEEP, PRECISION,
+            x, y, value, own, kept, S, sums, coming, lowest, A, out, scale, states, vb * BV, 0,
+            K, V, BK, BV, GATE, REVERSE, KEEP, PRECISION,
         )  # fmt: skip
-        if GATED:
+        if GATE == CHANNEL:
             sums, lowest = coming, tl.load(reach + ahead * NK, mask=more, other=0.0)
         if K > BK:
             x = load_tile(q + token * K, rows, count, H * K, BK, K, BK).to(TYPE)
             y = load_tile(k + token * K, rows, count, H * K, BK, K, BK).to(TYPE)
-            if GATED:
+            if GATE == CHANNEL:
                 coming2 = tl.load(total + ahead * K + BK + ks, mask=(BK + ks < K) & more, other=0.0)
             S2, A, out = carry_block(
-                x, y, value, S2, sums2, coming2, lowest2, A, out, scale, states, vb * BV, BK,
-                K, V, BK, BV, GATED, REVERSE, KEEP, PRECISION,
+                x, y, value, own, kept, S2, sums2, coming2, lowest2, A, out, scale, states, vb * BV, BK,
+                K, V, BK, BV, GATE, REVERSE, KEEP, PRECISION,
             )  # fmt: skip
-            if GATED:
+            if GATE == CHANNEL:
                 sums2, lowest2 = coming2, tl.load(reach + ahead * NK + 1, mask=more, other=0.0)
-        if GATED:
+        if GATE == FIXED:
+            out *= power2(to_here)[:, None]
+            A *= power2(tl.where(allowed, tl.where(i <= j, j - i, i - j) * rate, 0.0))
+        if GATE == CHANNEL:
             A = tl.where(allowed, A, 0.0)
         else:
             A = tl.where(allowed, A * scale, 0.0)

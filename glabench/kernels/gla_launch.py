@@ -21,6 +21,7 @@ from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
+CARRIED = (NONE, CHANNEL)  # carry_kernel takes FIXED as well; not checked on a GPU yet
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
 SEGMENT = 4096  # tokens: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
@@ -96,7 +97,7 @@ def _forward(
     inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
     how = {"scale": inner, "gate": gate, "reverse": False}
     if carried:
-        run_carry(kept.q, kept.k, v, kept, kept.states, o, *ends, **how)
+        run_carry(kept.q, kept.k, v, g, kept, kept.states, o, *ends, **how)
     else:
         run_state(kept.k, v, g, kept, kept.states, *ends, **(how | {"scale": 1.0}))
         run_output(kept.q, kept.k, v, g, kept, kept.states, o, chunks, **how)
@@ -110,7 +111,7 @@ def _forward(
 
 def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
     """Whether one kernel carries the state and makes the output: it fits, and fills the device."""
-    if gate not in (NONE, CHANNEL) or key_blocks(q, v, gate) > 2:
+    if gate not in CARRIED or key_blocks(q, v, gate) > 2:
         return False
     programs = carry_programs(q, v, gate, chunks, reverse=False)
     programs *= segments_of(programs, chunks, q.device)
@@ -197,7 +198,7 @@ def backward(
     inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
     how = {"scale": inner, "gate": gate, "reverse": True}
     if carries(q, v, gate, chunks):
-        run_carry(kept.k, kept.q, do, kept, d_states, dv, *ends, **how)
+        run_carry(kept.k, kept.q, do, g, kept, d_states, dv, *ends, **how)
     else:
         run_state(kept.q, do, g, kept, d_states, *ends, **how)
         run_output(kept.k, kept.q, do, g, kept, d_states, dv, chunks, **how)
@@ -299,22 +300,19 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
     state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
 
 
-def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `o`, `last` and, unless None, `states`, from `first`; in segments, as run_state."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
     G = segments_of(carry_programs(q, v, gate, chunks, reverse=reverse), chunks, q.device)
     table = None
     if G > 1:
         how["scale"] = scale if reverse else 1.0
-        table, first = _firsts(k, v, None, kept, first, chunks, G, **how)
+        table, first = _firsts(k, v, g, kept, first, chunks, G, **how)
     (T, H), V = k.shape[1:3], v.shape[3]
     tile = _carry_tile(k, v, gate, reverse=reverse)
     bounds, offsets, rows, G = _rows(cu_seqlens, chunks, table)
-    sizes = _sizes(k, v, gate, tile)
-    del sizes["GATE"]
     constants = {
-        **sizes,
-        "GATED": gate == CHANNEL,
+        **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": bounds is not None,
         "HAS_FIRST": first is not None,
@@ -324,7 +322,7 @@ def run_carry(q, k, v, kept, states, o, first, last, cu_seqlens, chunks, *, scal
         "WIDE": state_dtype(k.dtype) != torch.bfloat16,
         "PRECISION": precision(v.dtype),
     }
-    tensors = (q, k, v, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
+    tensors = (q, k, v, g, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
     programs = -(-V // tile.BV) * H * rows
     launch(carry_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
