@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 all throughput recall-try
-#                          recall. `all` spreads layers and fig2 over two GPUs where there are two, `recall` over all.
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 neighbours all throughput recall-try
+#                          recall. `all`: the three suites, over two GPUs where there are two, `recall` over all.
 # Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
 # out/) twice a minute and at the end, so that a run that is cut loses little. TOTAL: seconds for all steps
@@ -55,7 +55,7 @@ for name in "$@"; do
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;
         throughput) step throughput "$TOTAL" python3 -m glabench throughput ${MODELS:-} --size "${SIZE:-1.3b}" \
             ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-} ;;
-        layers | fig2) suite "$name" "${DEVICE:-cuda}" ;;
+        layers | fig2 | neighbours) suite "$name" "${DEVICE:-cuda}" ;;
         recall-try)  # a few steps of each mixer: does it run, with a CUDA graph, and what does an epoch take
             TAIL=20 step recall-try 300 python3 -m glabench recall --panel b --dims 64,512 --lrs 2e-3 --epochs 2 \
                 --examples 12800 --jobs 1 --out "$RESULTS/recall-try" ${ARGS:-} ;;
@@ -69,11 +69,11 @@ for name in "$@"; do
             wait ;;
         all)
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
-                (suite fig2 cuda:1; suite layers cuda:1 --shape fig2) & side=$!
-                suite layers cuda:0 --shape 340m,1.3b
+                (suite fig2 cuda:1; suite neighbours cuda:1) & side=$!
+                suite layers cuda:0
                 wait "$side"
             else
-                suite layers cuda; suite fig2 cuda
+                suite layers cuda; suite fig2 cuda; suite neighbours cuda
             fi ;;
         *) echo "no step $name" >&2; exit 2 ;;
     esac
