@@ -86,12 +86,12 @@ def _interpreted(points):
     return _run("kernel_points.py", json.dumps(points))
 
 
-def _run(script, given=""):
+def _run(script, given="", **variables):
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(HERE / script)],
         input=given,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | variables,
         capture_output=True,
         text=True,
         timeout=300,
@@ -105,6 +105,11 @@ def test_what_is_compiled_ahead_is_what_a_call_launches():
     (found,) = _run("kernel_launches.py")
     assert all(point["launches"] >= 3 for point in found.values()), found
     assert not {name: point["differ"] for name, point in found.items() if point["differ"]}
+
+
+def test_a_first_call_compiles_all_its_kernels_side_by_side_and_once(tmp_path):
+    (found,) = _run("compile_without_gpu.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert found == {"here": 0, "elsewhere": 3, "launches": 6}
 
 
 def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
