@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in its own process: a first call's kernels, compiled for sm_90 and launched nowhere."""
+"""Run by test_kernels.py in its own process: a first call, compiled for sm_90 and launched nowhere."""
 
 import json
 import threading
