@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 all throughput recall-try
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels tune timing decode layers fig2 all throughput recall-try
 #                          recall. `all` spreads layers and fig2 over two GPUs where there are two, `recall` over all.
 # Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
@@ -50,6 +50,8 @@ for name in "$@"; do
             --shape "${SHAPE:-340m}" --seqlen "${SEQLEN:-1k}" --out "$RESULTS/smoke" ${ARGS:-} ;;
         verify) step verify "$TOTAL" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
+        tune) step tune "$TOTAL" env GLABENCH_PLANS="$RESULTS/plans" python3 -m glabench tune \
+            --shape "${SHAPE:-340m}" ${IMPL:+--impl "$IMPL"} --limit "$(($(left) * 3 / 4 + 1))" ${ARGS:-} ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;
