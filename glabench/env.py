@@ -21,10 +21,12 @@ from glabench.installed import (
     INSTALL,
     cuda_device_count,
     cuda_device_name,
+    device_slug,
     has_cuda,
     installed_version,
     ptxas_version,
 )
+from glabench.kernels import plan_files
 from glabench.results import write_whole
 from glabench.rows import SCHEMA
 
@@ -68,19 +70,6 @@ def pick_device(asked: str) -> str:
     if kind == "cuda" and int(index or 0) >= cuda_device_count():
         raise UsageError(f"no GPU {index}", where="--device", fix=f"there are {cuda_device_count()}")
     return asked
-
-
-def device_slug(gpu_name: str | None) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "h100_sxm": the folder and the `device` column."""
-    if not gpu_name:
-        return "cpu"
-    words = re.sub(r"NVIDIA|GeForce|Tesla|\(R\)", " ", gpu_name)
-    # only the SXM board carries HBM3 under the plain name H100; the PCIe and NVL boards say so
-    form = (
-        "_sxm" if "H100" in words and "HBM3" in words and "NVL" not in words and "PCIe" not in words else ""
-    )
-    words = re.sub(r"\b\d+\s*GB\b|\bHBM\w*", " ", words)
-    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_") + form
 
 
 def gpu_name(device: str) -> str | None:
@@ -137,6 +126,9 @@ def comparable(described: dict[str, Any]) -> dict[str, Any]:
         for name in VARIABLES
         if name in os.environ
     }
+    plans = plan_files.digest(device_slug(gpu["name"])) if gpu.get("name") else None
+    if plans:  # what our kernels' launches are taken from, whichever folder that is
+        variables[plan_files.FOLDER] = plans
     return {
         "gpu": gpu.get("name"),
         "capability": gpu.get("capability"),

@@ -115,6 +115,19 @@ def cuda_device_name(index: int) -> str | None:
     return name.value.decode("utf-8", "replace")
 
 
+def device_slug(gpu_name: str | None) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100_sxm": the folder and the `device` column."""
+    if not gpu_name:
+        return "cpu"
+    words = re.sub(r"NVIDIA|GeForce|Tesla|\(R\)", " ", gpu_name)
+    # only the SXM board carries HBM3 under the plain name H100; the PCIe and NVL boards say so
+    form = (
+        "_sxm" if "H100" in words and "HBM3" in words and "NVL" not in words and "PCIe" not in words else ""
+    )
+    words = re.sub(r"\b\d+\s*GB\b|\bHBM\w*", " ", words)
+    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_") + form
+
+
 @functools.cache
 def cuda_capability(index: int = 0) -> tuple[int, int] | None:
     """Compute capability that the driver reports for a GPU, such as (9, 0), or None without one."""

@@ -81,7 +81,20 @@ def test_version():
 
 @pytest.mark.parametrize(
     "verb",
-    ["list", "verify", "speed", "memory", "run", "report", "doctor", "models", "convert", "data", "train"],
+    [
+        "list",
+        "verify",
+        "speed",
+        "memory",
+        "run",
+        "report",
+        "tune",
+        "doctor",
+        "models",
+        "convert",
+        "data",
+        "train",
+    ],
 )
 def test_every_help_ends_with_one_example_that_names_the_verb(verb):
     done = run(verb, "--help")
@@ -104,7 +117,8 @@ def test_help_and_list_answer_at_once():
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("list",), ("speed", "--dry-run"), ("run", "quick", "--dry-run")]
+    "words",
+    [("--help",), ("list",), ("speed", "--dry-run"), ("run", "quick", "--dry-run"), ("tune", "--dry-run")],
 )
 def test_nothing_heavy_is_imported_before_something_is_measured(words, tmp_path):
     code = (

@@ -20,6 +20,7 @@ HEAVY_FILES = {
     "models",
     "runners/cells",
     "runners/checking",
+    "runners/tune_cells",
     "runners/step_models",
     "runners/steps",
     "corpus/manifest",
@@ -55,7 +56,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "cost": "errors cases",
     "rows": "errors",
     "results": "errors rows",
-    "env": "errors results rows installed",
+    "env": "errors results rows installed kernels",
     "registry": "errors installed",
     "pool": "worker",
     "progress": "cases rows",
@@ -68,7 +69,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "footprint": "errors nvml",
     "inputs": "errors cases",
     "oracle": "errors oracle_long",
-    "kernels": "errors",
+    "kernels": "errors installed",
     "models": "errors installed registry",
     "impls": "registry installed kernels",
     "paper": "",
@@ -76,7 +77,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "report": "errors results rows figures quality paper",
     "runners": "errors cases suite cost results env registry installed pool worker stats tables "
     "measure ceilings footprint nvml inputs oracle models meter corpus training "
-    "quality report rows",
+    "quality report rows kernels",
     "cli": "errors runners report progress",
     "__main__": "cli",
 }

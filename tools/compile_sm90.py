@@ -27,6 +27,7 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_scale import scale_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_step import STRIDES, recurrent_kernel
+from glabench.kernels.plan_files import Point
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
@@ -42,6 +43,7 @@ KERNELS = {
     "recurrent": recurrent_kernel,
 }
 REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
+DEVICE = "h100_sxm"  # whose plan file is taken
 BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
 
 
@@ -139,7 +141,7 @@ def main():
     for shape in args.shapes:
         H, K, V = SHAPES[shape]
         for gate in args.gates:
-            plan = gla_configs.plan_for(K, V, GATES[gate], args.dtype != "bf16")
+            plan = gla_configs.plan_on(DEVICE, Point(K, V, GATES[gate], args.dtype != "bf16"))
             names = [n for n in args.kernels if n != "recurrent"]
             kinds = [(n, r, h) for n in names for r in (False, True) for h in (False, True)]
             if "recurrent" in args.kernels:

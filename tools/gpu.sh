@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels timing decode layers fig2 neighbours all throughput recall-try
-#                          recall. `all`: the three suites, over two GPUs where there are two, `recall` over all.
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels tune timing decode layers fig2 neighbours all
+#                          throughput recall-try recall. `all`: the three suites, over two GPUs where there are two,
+#                          `recall` over all.
 # Wheels of what the machine lacks are
 # taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
 # out/) twice a minute and at the end, so that a run that is cut loses little. TOTAL: seconds for all steps
@@ -50,6 +51,8 @@ for name in "$@"; do
             --shape "${SHAPE:-340m}" --seqlen "${SEQLEN:-1k}" --out "$RESULTS/smoke" ${ARGS:-} ;;
         verify) step verify "$TOTAL" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
+        tune) step tune "$TOTAL" env GLABENCH_PLANS="$RESULTS/plans" python3 -m glabench tune \
+            --shape "${SHAPE:-340m}" ${IMPL:+--impl "$IMPL"} --limit "$(($(left) * 3 / 4 + 1))" ${ARGS:-} ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;

@@ -4,24 +4,22 @@ Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep] [--sh
 """
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
 import statistics
 import subprocess
-import sys
+import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
 from glabench import oracle
-from glabench.cases import Case
+from glabench.cases import SHAPES, Case
 from glabench.inputs import make_grad_out, make_inputs, make_state
 from glabench.kernels import gla_chunk as ours
-from glabench.kernels import gla_configs
-from glabench.kernels import gla_launch as launch
+from glabench.runners import tune
 
 FUNCTIONS = {
     "gla": ours.gla_chunk,
@@ -29,7 +27,6 @@ FUNCTIONS = {
     "retention": ours.retention_chunk,
     "linear_attention": ours.linear_attention_chunk,
 }
-SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 TOKENS = 32768
 PACKED = (0, 1, 1, 64, 129, 200, 332)
 # T, batch, heads, d_k, d_v, dtype, regime, packed, form; the model shapes in the dtype that counts come first
@@ -143,8 +140,8 @@ def median_ms(run, reps=20):
 
 def prepared(family, shape, T):
     """(forward, forward and backward) of 32k tokens in bf16."""
-    H, K, V = SHAPES[shape]
-    tensors, d_out, *_ = call(family, T, TOKENS // T, H, K, V, "bf16", "trained")
+    of = SHAPES[shape]
+    tensors, d_out, *_ = call(family, T, TOKENS // T, of.heads, of.d_k, of.d_v, "bf16", "trained")
     leaves = [x.requires_grad_() for x in tensors.values()]
     function = FUNCTIONS[family]
 
@@ -200,147 +197,18 @@ def profiled(family, shape, T):
     return {"status": "ok", "kernel_us": kernels}
 
 
-RULE = gla_configs.rule
-CHUNK = int(os.environ.get("TRY_CHUNK", "64"))
-VARIANTS = {  # BV, warps, stages, registers
-    64: {
-        "scale": [(64, 4, 1), (64, 4, 1, 168), (64, 2, 1)],
-        "carry": [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)],
-        "state": [(64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)],
-        "output": [(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3)],
-        "gradient": [(64, 4, 2), (64, 4, 3), (64, 4, 3, 168), (64, 4, 4)],
-    },
-    128: {
-        "scale": [(64, 4, 1), (64, 8, 1)],
-        "carry": [(64, 8, 1), (64, 8, 2)],
-        "state": [(64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
-        "output": [(64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (64, 8, 3, 128), (128, 8, 2)],
-        "gradient": [(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 8, 3)],
-    },
-}[CHUNK]
-USES = (
-    "scale",
-    "carry",
-    "carry back",
-    "carry alone",
-    "state",
-    "state back",
-    "output",
-    "output back",
-    "gradient",
-)
-
-
-def launches(family, shape, T, tokens):
-    """Each kernel of a call on its own: use -> a function that launches it under the plan in force."""
-    H, K, V = SHAPES[shape]
-    use_plan(K, V, {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family], base(K, V))
-    q, k, v, *g = call(family, T, tokens // T, H, K, V, "bf16", "trained")[0].values()
-    gate = {"gla": 3, "simple_gla": 2, "retention": 1, "linear_attention": 0}[family]
-    g = launch.retention_gates(H, q.device) if gate == 1 else g[0] if g else None
-    chunks = launch.chunks_of(q.shape[0], T, None, gla_configs.plan_for(K, V, gate, False).chunk)
-    how = {"scale": K**-0.5, "gate": gate}
-    o, _, kept = launch.forward(q, k, v, g, None, None, output_final_state=False, keep=True, **how)
-    do, dh = torch.randn_like(o), torch.empty_like(kept.states)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dg = torch.empty(8, *g.shape, device="cuda", dtype=torch.float32) if gate == 2 else torch.empty_like(q)
-    ends, h, xs, ys = (None, None, None, chunks), kept.states, kept.q, kept.k
-    on, back = how | {"reverse": False}, how | {"reverse": True}
-    uses = {
-        "state": lambda: launch.run_state(ys, v, g, kept, h, *ends, **on),
-        "state back": lambda: launch.run_state(xs, do, g, kept, dh, *ends, **back),
-        "output": lambda: launch.run_output(xs, ys, v, g, kept, h, o, chunks, **on),
-        "output back": lambda: launch.run_output(ys, xs, do, g, kept, dh, o, chunks, **back),
-        "gradient": lambda: launch.run_gradient(xs, ys, v, g, do, kept, dh, dq, dk, dg, chunks, **how),
-    }
-    if gate == 3:
-        uses["scale"] = lambda: launch.scaled(q, k, v, g, chunks, **how)
-    if gate != 2 and key_blocks(K) <= 2:
-        uses["carry"] = lambda: launch.run_carry(xs, ys, v, g, kept, h, o, *ends, **on)
-        uses["carry back"] = lambda: launch.run_carry(ys, xs, do, g, kept, dh, o, *ends, **back)
-        uses["carry alone"] = lambda: launch.run_carry(xs, ys, v, g, kept, None, o, *ends, **on)
-    return uses, (K, V, gate)
-
-
-def key_blocks(K):
-    return -(-K // 64)
-
-
-def trials(shape):
-    """(use, variant) of every launch to try at a shape."""
-    V, wanted = SHAPES[shape][2], os.environ.get("TRY_USES", "")
-    uses = wanted.split(",") if wanted else USES
-    return [(u, x) for u in uses for x in VARIANTS[u.split()[0]] if x[0] <= V]
-
-
-def under(use, variant, sizes):
-    """Put one kernel's launch in force for a shape."""
-    kernel = use.replace(" ", "_") if use == "carry back" else use.split()[0]
-    use_plan(*sizes, dataclasses.replace(base(*sizes[:2]), **{kernel: gla_configs.Launch(*variant)}))
-
-
-def sweep(family, shape, T, reps):
-    """Microseconds of each kernel under each launch of VARIANTS, each on its own."""
-    uses, sizes = launches(family, shape, T, TOKENS)
-    found = {}
-    for use, variant in trials(shape):
-        if use not in uses:
-            continue
-        under(use, variant, sizes)
-        try:
-            found[f"{use} {variant}"] = round(1e3 * median_ms(uses[use], reps), 1)
-        except Exception as err:  # noqa: BLE001  a variant may want more shared memory than there is
-            found[f"{use} {variant}"] = f"{type(err).__name__}: {err}"[:80]
-    use_plan(*sizes, base(*sizes[:2]))
-    best = {}
-    for key, us in found.items():
-        use = key.split(" (")[0]
-        if not isinstance(us, str) and us < best.get(use, ("", 1e9))[1]:
-            best[use] = (key, us)
-    return {"status": "ok", "us": found, "best": best}
-
-
-def base(K, V):
-    """What a kernel's launch is tried against: the rule's plan, with TRY_CHUNK tokens a chunk."""
-    plan = RULE(K, V, wide=False)
-    if CHUNK == 64:
-        return plan
-    usual = dataclasses.replace(plan.state, warps=8, stages=1)
-    return gla_configs.Plan(CHUNK, plan.BK, *([usual] * 7))
-
-
-def use_plan(K, V, gate, plan):
-    """Launch this shape so from here on."""
-    gla_configs.MEASURED[K, V, gate] = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    gla_configs.plan_for.cache_clear()
-
-
-def compile_variants(shapes, families):
-    """Fill Triton's cache in processes of their own, as many as there are cores."""
-    workers = max(1, len(os.sched_getaffinity(0)) - 6)
-    command = [sys.executable, __file__, "--parts", "compile", "--limit", "300", "--shapes", *shapes]
-    command += ["--families", *families]
-    children = [subprocess.Popen([*command, "--share", str(i), str(workers)]) for i in range(workers)]
-    for child in children:
-        child.wait()
-
-
-def compile_share(shapes, families, share):
-    """Launch this process's share of the variants once."""
-    index, of = share
-    tasks = [(s, f, *t) for s in shapes for f in families for t in trials(s)]
-    made = {}
-    for shape, family, use, variant in tasks[index::of]:
-        if (shape, family) not in made:
-            made[shape, family] = launches(family, shape, 1024, 1024)
-        uses, sizes = made[shape, family]
-        if use in uses:
-            under(use, variant, sizes)
-            try:
-                uses[use]()
-                torch.cuda.synchronize()
-            except Exception:  # noqa: BLE001  the sweep meets it again, and says so
-                pass
+def sweep(shapes, families, deadline):
+    """Tune in worker processes; each launch and each whole call that was tried, and no plan file kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = tune.Request(
+            impls=tuple(f"{family}_chunk" for family in families),
+            shapes=tuple(SHAPES[name] for name in shapes),
+            out=Path(folder) / "plans.toml",
+            limit_s=max(1.0, deadline - time.monotonic()),
+        )
+        found = tune.run(request, lambda text: emit(part="sweep", says=text))
+    for point in found["points"]:
+        emit(part="sweep", **point)
 
 
 def ptxas():
@@ -357,16 +225,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=90)
     parser.add_argument("--parts", nargs="+", default=["check", "time", "profile", "host"])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["340m", "1.3b", "fig2"])
     parser.add_argument("--families", nargs="+", default=list(FUNCTIONS))
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help="part i of n, of checks")
     args = parser.parse_args()
     begin = time.monotonic()
-    if CHUNK != 64:
-        gla_configs.rule = lambda K, V, *, wide: RULE(K, V, wide=True) if wide else base(K, V)
-    if args.parts == ["compile"]:
-        compile_share(args.shapes, args.families, args.share)
-        return
     emit(part="environment", torch=torch.__version__, gpu=torch.cuda.get_device_name(), ptxas=ptxas())
     # checks may take half of the time, so that there is always something timed
     half = begin + (0.5 if len(args.parts) > 1 else 1) * args.limit
@@ -380,16 +243,16 @@ def main():
         for family, point in wanted[args.share[0] :: args.share[1]]:
             guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
     for part in args.parts:
-        if part != "check":
+        if part == "sweep":
+            sweep(args.shapes, args.families, begin + args.limit)
+        elif part != "check":
             measure(part, args.shapes, args.families, begin + args.limit)
 
 
 def measure(part, shapes, families, deadline):
     """One part other than the checks, for each length, shape and family."""
-    if part == "sweep":
-        compile_variants(shapes, families)
-    runs = {"time": timed, "profile": profiled, "host": host, "sweep": functools.partial(sweep, reps=10)}
-    lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,), "sweep": (1024, 4096)}
+    runs = {"time": timed, "profile": profiled, "host": host}
+    lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,)}
     for T in lengths.get(part, (4096,)):
         for shape in shapes:
             for family in families:

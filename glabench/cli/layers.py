@@ -211,6 +211,51 @@ def run(
 
 
 @app.command(
+    short_help="Find the fastest launches of our kernels on this GPU.",
+    epilog="Example: glabench tune --shape 340m --limit 300",
+)
+def tune(
+    shape: Annotated[str, typer.Option(help="Shapes to tune for; default 340m,1.3b,fig2.")] = "",
+    d_k: Annotated[int | None, typer.Option(help="Instead of a shape: key channels of a head.")] = None,
+    d_v: Annotated[int | None, typer.Option(help="Value channels of a head.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads.")] = None,
+    impl: Annotated[
+        str, typer.Option(help="Our chunk kernels, by id, separated by commas.")
+    ] = "gla_chunk,linear_attention_chunk,simple_gla_chunk,retention_chunk",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the last two share a plan.")] = "bf16",
+    device: opt.Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="The plan file; default: named after the device, in your plan folder.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds in all; what is left then is skipped.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be tried.")] = False,
+    json_: opt.Json = False,
+) -> None:
+    """Find the fastest launches of our kernels on this GPU, each checked before it is timed; a plan file."""
+    from glabench.runners import tune as tuning
+    from glabench.runners import tune_table
+
+    request = tuning.from_command(
+        shape=shape,
+        widths={"--d-k": d_k, "--d-v": d_v, "--heads": heads},
+        impl=impl,
+        dtype=dtype,
+        device=device,
+        out=out,
+        limit=limit,
+        dry_run=dry_run,
+    )
+    found = tune_table.plan(request) if dry_run else tuning.run(request, say)
+    if json_:
+        print_json(found)
+    elif dry_run:
+        tune_table.show_plan(found)
+    else:
+        tune_table.show(found)
+    raise typer.Exit(RESULT_SAYS_NO if found.get("bad") else DONE)
+
+
+@app.command(
     short_help="Draw the figures of a folder of results.",
     epilog="Example: glabench report results --out reports",
 )

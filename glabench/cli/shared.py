@@ -27,7 +27,7 @@ class Group(TyperGroup):
                 typer.echo(f"error: {err}", err=True)
             raise typer.Exit(err.exit_code) from None
         except KeyboardInterrupt:
-            again = "" if ctx.invoked_subcommand in ("data", "train") else " with --resume"
+            again = "" if ctx.invoked_subcommand in ("data", "train", "tune") else " with --resume"
             typer.echo(f"interrupted: what is written is safe; the same command{again} goes on", err=True)
             raise typer.Exit(INTERRUPTED) from None
 

@@ -1,53 +1,52 @@
-"""Chunks, tiles and launches of the chunk kernels: a rule for all shapes, and what was measured better."""
+"""Chunks, tiles and launches of the chunk kernels: a rule for all shapes, and what plan files say."""
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from glabench.installed import cuda_device_name, device_slug
+from glabench.kernels import plan_files
+from glabench.kernels.plan_files import Launch, Plan, Point
 
 CHUNK = 64  # tokens: larger ones move fewer bytes, but leave fewer programs a multiprocessor
-NONE = 0  # the gate kind, as in gla_tiles
 
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Tile of value channels, warps, pipeline stages and register limit of one kernel."""
-
-    BV: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def options(self) -> dict[str, int]:
-        """What Triton's launch takes."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Chunk and tile of key channels, which all kernels share, and each kernel's launch."""
-
-    chunk: int
-    BK: int
-    scale: Launch
-    carry: Launch
-    carry_back: Launch
-    state: Launch
-    output: Launch
-    gradient: Launch
-    exact: Launch
-
-
-# (d_k, d_v, gate kind) of bf16 inputs -> what differs from the rule: measured and checked on an H100 SXM
-MEASURED: dict[tuple[int, int, int], dict[str, object]] = {
-    (128, 256, NONE): {"carry": Launch(64, 4, 3)},
-}
+_tried: dict[Point, Plan] = {}
 
 
 @functools.cache
-def plan_for(K: int, V: int, gate: int, wide: bool) -> Plan:
-    """Plan for key and value widths; `wide` is float32 arithmetic, whose tiles take twice the room."""
-    return dataclasses.replace(rule(K, V, wide=wide), **({} if wide else MEASURED.get((K, V, gate), {})))
+def plan_for(K: int, V: int, gate: int, wide: bool, index: int | None) -> Plan:
+    """Plan for key and value widths on GPU `index` (None: no GPU).
+
+    `wide` is float32 arithmetic, whose tiles take twice the room. Raises UsageError for a plan file that is
+    wrong.
+    """
+    point = Point(K, V, gate, wide)
+    return _tried.get(point) or plan_on(
+        device_slug(None if index is None else cuda_device_name(index)), point
+    )
+
+
+def plan_on(device: str, point: Point) -> Plan:
+    """Plan for a device by its slug: the rule's, but for what a plan file says of this point."""
+    changes = plan_files.points(device).get(point, {})
+    return dataclasses.replace(rule(point.d_k, point.d_v, wide=point.wide), **changes)
+
+
+@contextmanager
+def in_force(point: Point, plan: Plan) -> Iterator[None]:
+    """Until the end of the block this process launches a point so, on every device."""
+    before = _tried.get(point)
+    _tried[point] = plan
+    plan_for.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _tried[point]
+        else:
+            _tried[point] = before
+        plan_for.cache_clear()
 
 
 def rule(K: int, V: int, *, wide: bool) -> Plan:

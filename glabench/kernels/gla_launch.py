@@ -202,7 +202,7 @@ def backward(
     else:
         run_state(kept.q, do, g, kept, d_states, *ends, **how)
         run_output(kept.k, kept.q, do, g, kept, d_states, dv, chunks, **how)
-    dg = _empty_dg(g, gate, q, v)
+    dg = empty_dg(g, gate, q, v)
     grads = (dq, dk, dg, chunks)
     run_gradient(kept.q, kept.k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate)
     if gate == CHANNEL:
@@ -213,7 +213,8 @@ def backward(
     return dq, dk, dv, dg, d_initial
 
 
-def _empty_dg(g: Tensor | None, gate: int, q: Tensor, v: Tensor) -> Tensor | None:
+def empty_dg(g: Tensor | None, gate: int, q: Tensor, v: Tensor) -> Tensor | None:
+    """What run_gradient fills for the gates; None where they take no gradient."""
     if gate == CHANNEL:
         return torch.empty_like(g)
     if gate == HEAD:  # one part for each block of key channels
@@ -270,8 +271,12 @@ def retention_gates(H: int, device: torch.device) -> Tensor:
 
 
 def _plan(q: Tensor, v: Tensor, gate: int):
+    index = q.get_device()  # on the path of every launch, and cheaper than q.device
+    if index < 0:  # no GPU, or tensors without memory
+        device = ahead.device_of(q.device)
+        index = (device.index or 0) if device.type == "cuda" else None
     # int: where a tracer makes widths symbolic, they become constants of the graph
-    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16)
+    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16, index)
 
 
 def chunk_size(q: Tensor, v: Tensor, gate: int) -> int:

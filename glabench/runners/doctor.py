@@ -15,6 +15,7 @@ from glabench.installed import (
     ptxas_version,
     torch_cuda_version,
 )
+from glabench.kernels import plan_files
 from glabench.pool import Worker
 
 GOOD, WARN, BAD = "ok", "warn", "bad"
@@ -121,6 +122,10 @@ def _gpu(described: dict[str, Any]) -> Iterator[dict[str, str]]:
         f"{gpu.get('name')}, {gpu.get('sm_count')} multiprocessors, {gpu.get('memory_mib')} MiB, "
         f"driver {gpu.get('driver')}",
     )
+    slug = env.device_slug(gpu.get("name"))
+    plans = plan_files.digest(slug)
+    made = f"measured ones for {slug} ({plans})" if plans else f"none for {slug}: the rule's"
+    yield _finding("kernel plans", made, GOOD, "" if plans else "glabench tune")
     state = described.get("state") or {}
     if state.get("sm_mhz"):
         yield _finding(

@@ -1,0 +1,74 @@
+"""Each kernel of a call on its own, as tuning tries it: what is launched, and the tensors it fills."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glabench.kernels import gla_launch
+from glabench.kernels.gla_launch import CHANNEL, FIXED, Kept
+
+LOSS = -0.05  # of a state made up, in nats: what the values are does not change what is launched
+
+
+class Alone(NamedTuple):
+    """One use of a kernel: `run` launches it; `filled` gives what it fills, from what `run` returned."""
+
+    run: Callable[[], object]
+    filled: Callable[[object], list[Tensor]]
+
+
+def uses_of(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gate: int, *, scaled: bool
+) -> dict[str, Alone]:
+    """Every use of a kernel in forward and backward passes under the plan in force, by name.
+
+    Shapes: as gla_chunk. Chunk states and gradients are random, so that no use depends on another. Unless
+    `scaled`, nothing is launched here, and q and k stand for q and k times their decays.
+    """
+    if gate == FIXED:
+        g = gla_launch.retention_gates(q.shape[2], q.device)
+    chunks = gla_launch.chunks_of(*q.shape[:2], None, gla_launch.chunk_size(q, v, gate))
+    how = {"scale": q.shape[3] ** -0.5, "gate": gate}
+    kept = gla_launch.scaled(q, k, v, g, chunks, **how) if scaled else _unscaled(q, k, v, chunks, gate)
+    draw = functools.partial(torch.randn, generator=torch.Generator(q.device).manual_seed(0), device=q.device)
+    size, dtype = (chunks.total, q.shape[2], v.shape[3], q.shape[3]), gla_launch.state_dtype(q.dtype)
+    kept = kept._replace(states=draw(size, dtype=dtype))
+    do, dh = draw(v.shape, dtype=v.dtype), draw(size, dtype=dtype)
+    h, o = torch.empty_like(dh), torch.empty_like(v)
+    dq, dk, dg = torch.empty_like(q), torch.empty_like(k), gla_launch.empty_dg(g, gate, q, v)
+    ends, on, back = (None, None, None, chunks), how | {"reverse": False}, how | {"reverse": True}
+    xs, ys, run = kept.q, kept.k, gla_launch
+
+    def gradient():
+        run.run_gradient(xs, ys, v, g, do, kept, dh, dq, dk, dg, chunks, **how)
+
+    def calls(*filled: Tensor | None):
+        return lambda _: [x for x in filled if x is not None]
+
+    states = calls(h)
+    outputs, both, grads = calls(o), calls(h, o), calls(dq, dk, dg)
+    return {
+        "scale": Alone(lambda: run.scaled(q, k, v, g, chunks, **how), lambda made: list(made[1:])),
+        "carry": Alone(lambda: run.run_carry(xs, ys, v, g, kept, h, o, *ends, **on), both),
+        "carry back": Alone(lambda: run.run_carry(ys, xs, do, g, kept, h, o, *ends, **back), both),
+        "carry alone": Alone(lambda: run.run_carry(xs, ys, v, g, kept, None, o, *ends, **on), outputs),
+        "state": Alone(lambda: run.run_state(ys, v, g, kept, h, *ends, **on), states),
+        "state back": Alone(lambda: run.run_state(xs, do, g, kept, h, *ends, **back), states),
+        "output": Alone(lambda: run.run_output(xs, ys, v, g, kept, kept.states, o, chunks, **on), outputs),
+        "output back": Alone(lambda: run.run_output(ys, xs, do, g, kept, dh, o, chunks, **back), outputs),
+        "gradient": Alone(gradient, grads),
+    }
+
+
+def _unscaled(q: Tensor, k: Tensor, v: Tensor, chunks: gla_launch.Chunks, gate: int) -> Kept:
+    if gate != CHANNEL:
+        return Kept(None, None, None, q, k)
+    H, K = q.shape[2:]
+    like = {"dtype": torch.float32, "device": q.device}
+    blocks, dtype = gla_launch.key_blocks(q, v, gate), gla_launch.state_dtype(q.dtype)
+    totals = torch.full((chunks.total, H, K), LOSS, **like)
+    reach = torch.full((chunks.total, H, blocks), LOSS, **like)
+    return Kept(None, totals, reach, q.to(dtype), k.to(dtype))
