@@ -94,18 +94,17 @@ def _forward(
     if keep or not carried:
         kept = kept._replace(states=_empty_states(k, v, chunks))
     ends = (initial_state, final, cu_seqlens, chunks)
-    inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
-    how = {"scale": inner, "gate": gate, "reverse": False}
+    how = {"scale": scale, "gate": gate, "reverse": False}
     if carried:
         run_carry(kept.q, kept.k, v, g, kept, kept.states, o, *ends, **how)
     else:
-        run_state(kept.k, v, g, kept, kept.states, *ends, **(how | {"scale": 1.0}))
+        run_state(kept.k, v, g, kept, kept.states, *ends, **how)
         run_output(kept.q, kept.k, v, g, kept, kept.states, o, chunks, **how)
     if gate == CHANNEL:
         if kept.states is None:
             run_exact(q, k, v, g, kept, o, initial_state, cu_seqlens, chunks, scale=scale)
         else:
-            run_output(q, k, v, g, kept, kept.states, o, chunks, **(how | {"scale": scale}), hard=True)
+            run_output(q, k, v, g, kept, kept.states, o, chunks, **how, hard=True)
     return o, final, kept if keep else None
 
 
@@ -169,7 +168,7 @@ def states_before(
     chunks = chunks_of(*q.shape[:2], cu_seqlens, chunk_size(q, v, gate))
     kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)._replace(states=_empty_states(k, v, chunks))
     ends = (initial_state, None, cu_seqlens, chunks)
-    run_state(kept.k, v, g, kept, kept.states, *ends, scale=1.0, gate=gate, reverse=False)
+    run_state(kept.k, v, g, kept, kept.states, *ends, scale=scale, gate=gate, reverse=False)
     return kept
 
 
@@ -195,8 +194,7 @@ def backward(
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
     d_states = torch.empty_like(kept.states)
     ends = (d_final, d_initial, cu_seqlens, chunks)
-    inner = 1.0 if gate == CHANNEL else scale  # scaled q has it
-    how = {"scale": inner, "gate": gate, "reverse": True}
+    how = {"scale": scale, "gate": gate, "reverse": True}
     if carries(q, v, gate, chunks):
         run_carry(kept.k, kept.q, do, g, kept, d_states, dv, *ends, **how)
     else:
@@ -206,7 +204,7 @@ def backward(
     grads = (dq, dk, dg, chunks)
     run_gradient(kept.q, kept.k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate)
     if gate == CHANNEL:
-        run_output(k, q, do, g, kept, d_states, dv, chunks, **(how | {"scale": scale}), hard=True)
+        run_output(k, q, do, g, kept, d_states, dv, chunks, **how, hard=True)
         run_gradient(q, k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate, hard=True)
     if gate == HEAD:
         dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
@@ -311,7 +309,6 @@ def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, s
     G = segments_of(carry_programs(q, v, gate, chunks, reverse=reverse), chunks, q.device)
     table = None
     if G > 1:
-        how["scale"] = scale if reverse else 1.0
         table, first = _firsts(k, v, g, kept, first, chunks, G, **how)
     (T, H), V = k.shape[1:3], v.shape[3]
     tile = _carry_tile(k, v, gate, reverse=reverse)
@@ -461,6 +458,7 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, har
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
     pairs = H * chunks.total
     programs = _hard_programs(pairs, q.device) if hard else -(-V // tile.BV) * pairs
+    scale = 1.0 if gate == CHANNEL and not hard else scale  # scaled q has it
     launch(output_kernel, programs, tensors, (scale, T, chunks.each, pairs), constants, tile)
 
 
