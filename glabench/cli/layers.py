@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from glabench.cli import options as opt
-from glabench.cli.shared import print_json, say
+from glabench.cli.shared import finish, print_json, say, tell
 from glabench.errors import DONE, RESULT_SAYS_NO
 
 app = typer.Typer()
@@ -27,10 +27,7 @@ def list_(
     from glabench.runners import listing
 
     entries = listing.entries(device, family or None)
-    if json_:
-        print_json(entries)
-    else:
-        listing.show(entries)
+    tell(entries, listing.show, json_=json_)
 
 
 @app.command(
@@ -54,10 +51,7 @@ def verify(
 
     names = (*(impls or ()), *(n for n in impl.split(",") if n))
     report = verifying.verify(names, device=device, family=family or None, say=say, jobs=jobs)
-    if json_:
-        print_json(report)
-    else:
-        verifying.show(report)
+    tell(report, verifying.show, json_=json_)
     raise typer.Exit(DONE if report["ok"] else RESULT_SAYS_NO)
 
 
@@ -66,20 +60,7 @@ def _finish(request: Any, *, dry_run: bool, json_: bool) -> None:
     from glabench.runners import measuring
 
     measuring.tell_resolved(request, say)
-    if dry_run:
-        plan = measuring.plan(request)
-        if json_:
-            print_json(plan)
-        else:
-            measuring.show_plan(plan)
-        return
-    with progress.watch() as watch:
-        done = measuring.run(request, watch)
-    if json_:
-        print_json(done)
-    else:
-        measuring.show_rows(done)
-    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
+    finish(request, measuring, progress.watch(), dry_run=dry_run, json_=json_)
 
 
 def measure_grid(
@@ -284,8 +265,5 @@ def doctor(device: opt.Device = "auto", json_: opt.Json = False) -> None:
     from glabench.runners import doctor as checks
 
     findings = checks.examine(device)
-    if json_:
-        print_json(findings)
-    else:
-        checks.show(findings)
+    tell(findings, checks.show, json_=json_)
     raise typer.Exit(DONE if findings["ok"] else RESULT_SAYS_NO)

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from glabench.cli import options as opt
-from glabench.cli.shared import Group, print_json, say
-from glabench.errors import DONE, RESULT_SAYS_NO
+from glabench.cli.shared import Group, finish, print_json, say, tell
 
 app = typer.Typer()
 
@@ -22,10 +21,7 @@ def models(json_: opt.Json = False) -> None:
     from glabench.runners import models as catalog
 
     entries = catalog.entries()
-    if json_:
-        print_json(entries)
-    else:
-        catalog.show(entries)
+    tell(entries, catalog.show, json_=json_)
 
 
 @app.command(
@@ -91,10 +87,7 @@ def prepare(
         field=field,
         say=say,
     )
-    if json_:
-        print_json(done)
-    else:
-        preparing.show(done)
+    tell(done, preparing.show, json_=json_)
 
 
 @app.command(
@@ -134,10 +127,7 @@ def train(
     )
     if done is None:
         return
-    if json_:
-        print_json(done)
-    else:
-        training.show(done)
+    tell(done, training.show, json_=json_)
 
 
 @app.command(
@@ -199,19 +189,6 @@ def throughput(
         seed=seed,
         argv=sys.argv[1:],
     )
-    if dry_run:
-        plan = training.dry_run(asked)
-        if json_:
-            print_json(plan)
-        else:
-            training.show_plan(plan)
-        return
     from glabench import progress
 
-    with progress.watch() as watch:
-        done = training.run(asked, watch)
-    if json_:
-        print_json(done)
-    else:
-        training.show(done)
-    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
+    finish(asked, training, progress.watch(), dry_run=dry_run, json_=json_)

@@ -1,13 +1,14 @@
 """The verbs that say what a trained model can do: parse, call a runner, print."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from glabench.cli import options as opt
-from glabench.cli.shared import print_json, say
+from glabench.cli.shared import finish, print_json, say, tell
 from glabench.errors import DONE, RESULT_SAYS_NO
 
 app = typer.Typer()
@@ -67,10 +68,7 @@ def extrapolate(
         argv=tuple(sys.argv[1:]),
     )
     done = runner.run(request, say)
-    if json_:
-        print_json(done)
-    else:
-        runner.show(done)
+    tell(done, runner.show, json_=json_)
     raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
 
 
@@ -213,16 +211,4 @@ def recall(
         cell_limit=cell_limit,
         argv=sys.argv[1:],
     )
-    if dry_run:
-        planned = runner.plan(asked)
-        if json_:
-            print_json(planned)
-        else:
-            runner.show_plan(planned)
-        return
-    done = runner.run(asked, say)
-    if json_:
-        print_json(done)
-    else:
-        runner.show(done)
-    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
+    finish(asked, runner, nullcontext(say), dry_run=dry_run, json_=json_)

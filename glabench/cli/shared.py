@@ -2,12 +2,13 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from glabench.errors import GlabenchError
+from glabench.errors import DONE, RESULT_SAYS_NO, GlabenchError
 
 INTERRUPTED = 130
 
@@ -34,6 +35,25 @@ class Group(TyperGroup):
 
 def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=1))
+
+
+def tell(found: Any, show: Callable[[Any], None], *, json_: bool) -> None:
+    """Print what a runner found, as one JSON document or as it shows it."""
+    if json_:
+        print_json(found)
+    else:
+        show(found)
+
+
+def finish(asked: Any, runner: Any, report: Any, *, dry_run: bool, json_: bool) -> None:
+    """Plan or run what was asked for and tell it; `report` is what the run reports its progress to."""
+    if dry_run:
+        tell(runner.plan(asked), runner.show_plan, json_=json_)
+        return
+    with report as watch:
+        done = runner.run(asked, watch)
+    tell(done, runner.show, json_=json_)
+    raise typer.Exit(RESULT_SAYS_NO if done["bad"] else DONE)
 
 
 def say(text: str) -> None:

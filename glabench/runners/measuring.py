@@ -273,7 +273,7 @@ def run(request: Request, watch: Watch) -> dict[str, Any]:
     }
 
 
-def show_rows(done: dict[str, Any]) -> None:
+def show(done: dict[str, Any]) -> None:
     """A table a verb: time or memory with what qualifies it, or the reason."""
     for verb in dict.fromkeys(row["verb"] for row in done["rows"]):
         mine = [row for row in done["rows"] if row["verb"] == verb]

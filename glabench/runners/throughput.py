@@ -146,7 +146,7 @@ def run(asked: Request, watch: Watch) -> dict[str, Any]:
 # --- what is shown ----------------------------------------------------------------------------------------
 
 
-def dry_run(asked: Request) -> dict[str, Any]:
+def plan(asked: Request) -> dict[str, Any]:
     """The cells, the memory that their weights, gradients and moments need, and a rough time."""
     rate, start_s = GUESS[asked.kind]
     cells, spots = [], len({cell.point for cell in asked.cells})
