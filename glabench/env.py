@@ -74,8 +74,12 @@ def pick_device(asked: str) -> str:
 
 def gpu_name(device: str) -> str | None:
     """Name of the GPU that `device` means, from the driver; None for a CPU."""
-    kind, _, index = device.partition(":")
-    return cuda_device_name(int(index or 0)) if kind == "cuda" else None
+    return cuda_device_name(device_index(device)) if device.startswith("cuda") else None
+
+
+def device_index(device: str) -> int:
+    """N of "cuda:N"; 0 for "cuda" and for a CPU."""
+    return int(device.partition(":")[2] or 0)
 
 
 def cpu_model() -> str:

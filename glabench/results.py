@@ -90,6 +90,17 @@ class RowFile:
     def next_replicate(self) -> int:
         return 1 + max((int(r["replicate"]) for r in self.rows), default=-1)
 
+    def replicate(self, resume: bool) -> int:
+        """The replicate that a run adds rows to: with `resume` the last one, else the next."""
+        following = self.next_replicate()
+        return max(0, following - 1) if resume else following
+
+    def torn(self, unit: str) -> str | None:
+        """What to say of a torn last line that was cut, of a "cell", say; None where there was none."""
+        if self.repaired is None:
+            return None
+        return f"{self.path.name}: cut a torn last line ({self.repaired!r}); its {unit} runs again"
+
 
 @contextmanager
 def _locked(file: Any) -> Iterator[None]:
@@ -125,6 +136,12 @@ def read_rows(path: Path, row_type: type[Row] | None = None) -> list[dict[str, s
                 fix="mend or remove that line",
             )
     return [dict(zip(header, line, strict=True)) for line in lines[1:]]
+
+
+def folders_with(folder: Path, *names: str) -> list[Path]:
+    """Every directory at or below `folder` that holds a file so named, hidden ones left out."""
+    found = {p.parent for name in names for p in folder.rglob(name) if p.is_file()}
+    return sorted(d for d in found if not any(x.startswith(".") for x in d.relative_to(folder).parts))
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:

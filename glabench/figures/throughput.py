@@ -24,12 +24,6 @@ ROW_PT, HEAD_PT, GAP_PT, LEFT_PT = 118.0, 30.0, 34.0, 30.0
 Rows = Sequence[ThroughputRow]
 
 
-def find(folder: Path) -> list[Path]:
-    """Every directory at or below `folder` that holds throughput rows, hidden ones left out."""
-    found = sorted(p.parent for p in folder.rglob(FILE) if p.is_file())
-    return [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
-
-
 def load(place: Path) -> list[Results]:
     """The latest row of each cell, a part a device. Raises: ResultsError for a file that is not ours."""
     rows = latest(typed(ThroughputRow, record) for record in read_rows(place / FILE, ThroughputRow))

@@ -21,6 +21,7 @@ from glabench.training.checkpoint import FOLDER, STATE, find
 from glabench.training.folder import IDENTITY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the files of one, the first that is there
 RECURRENT = {"mamba": "mamba", "mamba2": "mamba2"}  # transformers' model_type -> family, for the colours
 EXACT = ("A_log", "D")  # Mamba's decays and skips: bfloat16 would move a decay by half a percent
 LEAST_SHARE = 0.9  # of the model's vocabulary that a tokenizer has: the rest is padding to a round number
@@ -161,7 +162,7 @@ def _from_transformers(folder: Path) -> nn.Module:
 
 def _tokenizer(folder: Path, recorded: dict[str, Any], asked: str | None) -> Tokenizer:
     """What was asked for, what lies in the folder, or what the training run recorded, in this order."""
-    beside = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    beside = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if asked is None and not beside and recorded.get("name") not in ("bytes", "mistral"):
         trained = f"it was trained with {recorded['name']}" if recorded else "no tokenizer.json, no .model"
         raise UsageError(

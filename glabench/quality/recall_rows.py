@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from glabench import paper
+from glabench import paper, rows
 from glabench.results import read_rows
 from glabench.rows import Row
 
@@ -89,13 +89,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def typed(row: dict[str, str]) -> dict[str, Any]:
     """A CSV row with its numbers; empty fields are None."""
-    words = {"suite", "case", "impl", "impl_version", "family", "device", "env", "status", "reason", "verb"}
-    words |= {"mixer", "dtype", "stop", "graphed", "compiled", "started_utc"}
-    return {k: v if k in words else None if v == "" else _number(v) for k, v in row.items()}
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdecimal() else float(text)
+    return asdict(rows.typed(RecallRow, row))
 
 
 def by_task(rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

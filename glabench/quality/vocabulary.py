@@ -13,9 +13,7 @@ from transformers import (
 from glabench.corpus import tokenizer as vocabularies
 from glabench.corpus.tokenizer import Tokenizer
 from glabench.errors import UsageError
-from glabench.quality.loading import Checkpoint
-
-FILES = ("tokenizer.json", "tokenizer.model")
+from glabench.quality.loading import TOKENIZERS, Checkpoint
 
 
 class Pieces(PreTrainedTokenizer):
@@ -50,9 +48,11 @@ def file_of(asked: str) -> str | None:
     """What `--tokenizer` names, as `loading.describe` takes it: a folder stands for the file in it."""
     if not asked or not Path(asked).is_dir():
         return asked or None
-    found = next((path for name in FILES if (path := Path(asked, name)).is_file()), None)
+    found = next((path for name in TOKENIZERS if (path := Path(asked, name)).is_file()), None)
     if found is None:
-        raise UsageError(f"no {FILES[0]} in {asked}", where="--tokenizer", fix="name a tokenizer's folder")
+        raise UsageError(
+            f"no {TOKENIZERS[0]} in {asked}", where="--tokenizer", fix="name a tokenizer's folder"
+        )
     return str(found)
 
 
@@ -63,7 +63,7 @@ def for_harness(checkpoint: Checkpoint, asked: str) -> tuple[PreTrainedTokenizer
     without special tokens, and with the end of a document as the token before a text. Raises: UsageError.
     """
     folder = Path(asked) if asked else checkpoint.folder
-    if folder.is_dir() and any((folder / name).is_file() for name in FILES):
+    if folder.is_dir() and any((folder / name).is_file() for name in TOKENIZERS):
         return _from_folder(folder), None
     return _as_prepared(checkpoint.tokenizer, asked), False
 

@@ -7,7 +7,7 @@ from glabench.figures import layers as figures
 from glabench.figures.rows import Results, load
 from glabench.report import layers, models
 from glabench.report.page import free, page
-from glabench.results import rows_path, write_whole
+from glabench.results import folders_with, rows_path, write_whole
 
 FILES = tuple(rows_path(Path(), verb).name for verb in ("speed", "memory"))
 
@@ -34,16 +34,10 @@ def build(folder: Path, out: Path) -> Path:
     return whole
 
 
-def find(folder: Path) -> list[Path]:
-    """Every directory at or below `folder` that holds rows, hidden ones left out."""
-    found = {p.parent for name in FILES for p in folder.rglob(name) if p.is_file()}
-    return sorted(d for d in found if not any(x.startswith(".") for x in d.relative_to(folder).parts))
-
-
 def _parts(folder: Path) -> tuple[list[Results], list[str]]:
     """One Results a suite and device, and the folders whose files hold no row yet."""
     parts, empty = [], []
-    for place in find(folder):
+    for place in folders_with(folder, *FILES):
         if any(_has_rows(place / name) for name in FILES):
             parts += load(place).parts()
         else:

@@ -12,6 +12,7 @@ from glabench.figures.rows import Results, device_name, provenance, runs_of
 from glabench.quality import recall_rows, score_rows
 from glabench.report import paper_tables
 from glabench.report.page import anchor, commands, environments, figure, free, runs_used, table, text
+from glabench.results import folders_with
 
 
 def sections(folder: Path, out: Path, taken: set[Path]) -> Iterator[tuple[Path, str]]:
@@ -21,7 +22,7 @@ def sections(folder: Path, out: Path, taken: set[Path]) -> Iterator[tuple[Path, 
         place = free(Path("training"), taken)
         picture = figure(figure_losses.draw(runs, out / place))
         yield place, f'<section id="{anchor(place)}">\n<h2>Training</h2>{picture}</section>'
-    for found in figure_throughput.find(folder):
+    for found in folders_with(folder, figure_throughput.FILE):
         for part in figure_throughput.load(found):
             place = free(part.place(), taken)
             yield place, _throughput(part, place, figure_throughput.draw(part, out / place))
@@ -31,7 +32,7 @@ def sections(folder: Path, out: Path, taken: set[Path]) -> Iterator[tuple[Path, 
         if rows := recall_rows.load(found / recall_rows.FILE):
             place = free(Path(rows[-1]["suite"]) / rows[-1]["device"] / "recall", taken)
             yield place, _recall(found, rows, place, figure_recall.draw(rows, out / place))
-    for found in paper_tables.find(folder):
+    for found in folders_with(folder, score_rows.FILE):
         if rows := score_rows.load(found):
             place = free(paper_tables.place(rows), taken)
             paper_tables.write_markdown(rows, out / place / "lm-eval.md")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from glabench import paper
 from glabench.figures.rows import slug
-from glabench.quality import score_rows
 from glabench.quality.score_rows import ScoreRow
 from glabench.results import write_whole
 
@@ -191,12 +190,6 @@ def _speedups(rows: Sequence[ScoreRow]) -> list[str]:
 
 
 # --- a folder of results ---------------------------------------------------------------------------------
-
-
-def find(folder: Path) -> list[Path]:
-    """The directories at or below `folder` that hold scores, hidden ones left out."""
-    found = {p.parent for p in folder.rglob(score_rows.FILE) if p.is_file() and p.stat().st_size}
-    return sorted(d for d in found if not any(x.startswith(".") for x in d.relative_to(folder).parts))
 
 
 def place(rows: Sequence[ScoreRow]) -> Path:

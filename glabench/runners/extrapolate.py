@@ -196,7 +196,7 @@ class Arm:
             "impl_version": one.digest,
             "family": one.family,
             "device": parent.slug,
-            "device_index": int(parent.device.partition(":")[2] or 0),
+            "device_index": env.device_index(parent.device),
             "env": parent.entry["id"],
             "replicate": parent.replicate,
             "params": params,

@@ -133,8 +133,8 @@ class _Evaluation:
         self.rows: list[ScoreRow] = []
 
     def run(self) -> tuple[Path, list[ScoreRow]]:
-        if self.file.repaired is not None:
-            self.say(f"{FILE}: cut a torn last line ({self.file.repaired!r}); its task runs again")
+        if torn := self.file.torn("task"):
+            self.say(torn)
         env.read_runs(self.out)
         self.entry = env.make_run(
             described=_describe(self.device),
@@ -144,8 +144,7 @@ class _Evaluation:
             regime={"batch": self._batch(), "limit": self.request.limit, "shots": self.request.shots},
         )
         self.entry["measured"] = {"data": {p.name: p.data_sha for p in self.plans}, "tokenizers": {}}
-        following = self.file.next_replicate()
-        self.replicate = max(0, following - 1) if self.request.resume else following
+        self.replicate = self.file.replicate(self.request.resume)
         self.done = self.file.settled(self.replicate)
         env.write_run(self.out, self.entry)
         for checkpoint in self.checkpoints:
@@ -206,7 +205,7 @@ class _Evaluation:
             "impl_version": self.entry["glabench"],
             "family": checkpoint.family,
             "device": self.slug,
-            "device_index": int(self.device.partition(":")[2] or 0),
+            "device_index": env.device_index(self.device),
             "env": self.entry["id"],
             "replicate": self.replicate,
             "seed": 0,

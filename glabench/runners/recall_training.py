@@ -8,17 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 from glabench import env
-from glabench.errors import UnavailableError
 from glabench.pool import Outcome, Worker, wait_any
 from glabench.quality import recall_rows
 from glabench.quality.mixers import MIXERS, head_widths
 from glabench.quality.recall_rows import DIVERGED, RecallRow
 from glabench.results import RowFile, append_json
 from glabench.rows import SETTLED
+from glabench.runners import probe
 from glabench.runners.recall_grid import Cell, Request
 
 TRAIN = "glabench.quality.recall:train"
-DESCRIBE = "glabench.runners.cells:describe"
 SOLVED = 0.99  # what a control must pass
 CURVE = ("loss_nats", "acc_token_frac", "acc_example_frac", "val_acc_frac")  # of an epoch, in curves.jsonl
 
@@ -73,8 +72,8 @@ class Training:
         self.files: dict[str, RowFile] = {}
         for suite, folder in self.folders.items():
             self.files[suite] = file = RowFile(folder / recall_rows.FILE, RecallRow)
-            if file.repaired is not None:
-                self.say(f"{file.path.name}: cut a torn last line ({file.repaired!r}); its cell runs again")
+            if torn := file.torn("cell"):
+                self.say(torn)
             env.read_runs(folder)
         described = self._describe()
         self.entries, self.replicates = {}, {}
@@ -93,8 +92,7 @@ class Training:
                 },
             )
             env.write_run(folder, self.entries[suite])
-            following = self.files[suite].next_replicate()
-            self.replicates[suite] = max(0, following - 1) if self.asked.resume else following
+            self.replicates[suite] = self.files[suite].replicate(self.asked.resume)
             self._know(suite)
 
     def _know(self, suite: str) -> None:
@@ -110,17 +108,9 @@ class Training:
                 self.solved.add(by_key[key].model)
 
     def _describe(self) -> dict[str, Any]:
-        arguments = {"device": self.asked.device, "threads": self.threads, "seconds": 0.05}
-        with Worker("probe") as probe:
-            outcome = probe.call(DESCRIBE, arguments, limits={"other": 300.0})
-        if outcome.status != "ok":
-            raise UnavailableError(
-                f"the device cannot be described: {outcome.reason}",
-                where=self.asked.device,
-                fix="see glabench doctor",
-            )
+        described = probe.describe(self.asked.device, threads=self.threads, seconds=0.05)
         # its ceilings are of an instant, which is enough to see that the device works, and no measurement
-        return {**outcome.value, "ceilings": {}}
+        return {**described, "ceilings": {}}
 
     def _key(self, cell: Cell) -> tuple[str, ...]:
         impl = self.asked.impl(cell)
@@ -226,7 +216,7 @@ class Training:
             impl_version=version,
             family=impl.family,
             device=device,
-            device_index=int(self.asked.device.partition(":")[2] or 0),
+            device_index=env.device_index(self.asked.device),
             env=self.entries[suite]["id"],
             replicate=self.replicates[suite],
             seed=cell.seed,

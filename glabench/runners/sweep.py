@@ -11,12 +11,11 @@ from typing import Any
 
 from glabench import cost, env, stats
 from glabench.cases import Case
-from glabench.errors import UnavailableError
 from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
 from glabench.results import RowFile, append_json, rows_path
 from glabench.rows import RESUME_KEY, ROWS, Row
-from glabench.runners import rows, turns
+from glabench.runners import probe, rows, turns
 from glabench.runners.request import Arm, Request, Watch, known_failure, series, to_compile
 
 CELLS = "glabench.runners.cells"
@@ -72,9 +71,8 @@ class Sweep:
         self.out = self.request.folder(self.slug)
         self.files = {v: RowFile(rows_path(self.out, v), ROWS[v]) for v in self.request.verbs}
         for file in self.files.values():
-            if file.repaired is not None:
-                torn = f"cut a torn last line ({file.repaired!r}); its cell runs again"
-                self.watch.say(f"{file.path.name}: {torn}")
+            if torn := file.torn("cell"):
+                self.watch.say(torn)
         env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
         described = self._describe()
         self.l2_bytes = (described.get("gpu") or {}).get("l2_bytes") or 0
@@ -88,21 +86,15 @@ class Sweep:
             suite_digest=self.suite.digest,
             regime=asdict(self.regime),
         )
-        following = max(file.next_replicate() for file in self.files.values())
-        self.replicate = max(0, following - 1) if self.request.resume else following
+        self.replicate = max(file.replicate(self.request.resume) for file in self.files.values())
         self.done = {v: file.settled(self.replicate) for v, file in self.files.items()}
         env.write_run(self.out, self.entry)
 
     def _describe(self) -> dict[str, Any]:
         """The device and its ceilings, from a process alone with it: the arms' workers start later."""
         self.watch.say(f"measuring the ceilings of {self.request.device}")
-        arguments = {"device": self.request.device, "threads": self.threads, "seconds": CEILING_S}
-        with Worker("probe") as probe:
-            outcome = probe.call(f"{CELLS}:describe", arguments, limits={"other": self.regime.cold_limit_s})
-        if outcome.status != "ok":
-            what = f"the device cannot be described: {outcome.reason}"
-            raise UnavailableError(what, where=self.request.device, fix="see glabench doctor")
-        return outcome.value
+        limit_s = self.regime.cold_limit_s
+        return probe.describe(self.request.device, threads=self.threads, seconds=CEILING_S, limit_s=limit_s)
 
     def _points(self) -> list[tuple[Case, list[Arm]]]:
         """Grid points in order, each with the arms and verbs that still lack a row."""
@@ -118,7 +110,6 @@ class Sweep:
         return points
 
     def _fields(self, verb: str, impl: Implementation, case: Case) -> dict[str, Any]:
-        index = self.request.device.partition(":")[2]
         return {
             "verb": verb,
             "suite": self.suite.name,
@@ -127,7 +118,7 @@ class Sweep:
             "impl_version": self._version(impl),
             "family": impl.family,
             "device": self.slug,
-            "device_index": int(index or 0),
+            "device_index": env.device_index(self.request.device),
             "env": self.entry["id"],
             "replicate": self.replicate,
             "seed": self.suite.seed,

@@ -9,14 +9,13 @@ from typing import Any
 
 from glabench import __version__, cost, env, stats
 from glabench.cases import Arm
-from glabench.errors import UnavailableError
 from glabench.installed import INSTALL, installed_version, is_installed, no_fused_operations
 from glabench.pool import Outcome, Worker
 from glabench.results import RowFile, append_json, rows_path
 from glabench.rows import RESUME_KEY, ThroughputRow
-from glabench.runners import turns
+from glabench.runners import probe, turns
 from glabench.runners.request import Watch
-from glabench.runners.sweep import CEILING_S, CELLS, TUNE_ONCE, spare_memory
+from glabench.runners.sweep import CEILING_S, TUNE_ONCE, spare_memory
 
 STEPS = "glabench.runners.steps"
 VERB = "throughput"
@@ -123,29 +122,22 @@ class Run:
 
     def _open(self) -> None:
         self.file = RowFile(rows_path(self.out, VERB), ThroughputRow)
-        if self.file.repaired is not None:
-            said = f"cut a torn last line ({self.file.repaired!r}); its cell runs again"
-            self.watch.say(f"{self.file.path.name}: {said}")
+        if torn := self.file.torn("cell"):
+            self.watch.say(torn)
         env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
         self.watch.say(f"measuring the ceilings of {self.asked.device}")
-        arguments = {"device": self.asked.device, "threads": self.threads, "seconds": CEILING_S}
-        with Worker("probe") as probe:
-            outcome = probe.call(f"{CELLS}:describe", arguments, limits={"other": 300.0})
-        if outcome.status != "ok":
-            what = f"the device cannot be described: {outcome.reason}"
-            raise UnavailableError(what, where=self.asked.device, fix="see glabench doctor")
-        rates = outcome.value["ceilings"]["matmul_tflop_s"]
+        described = probe.describe(self.asked.device, threads=self.threads, seconds=CEILING_S)
+        rates = described["ceilings"]["matmul_tflop_s"]
         self.ceiling = rates.get("bf16" if self.asked.kind == "cuda" else "fp32")
         regime = {"steps": self.asked.steps, "warmup": self.asked.warmup, **self.asked.limits}
         self.entry = env.make_run(
-            described=outcome.value,
+            described=described,
             argv=list(self.asked.argv),
             suite=VERB,
             suite_digest="",
             regime=regime | {"conditions": CONDITIONS},
         )
-        following = self.file.next_replicate()
-        self.replicate = max(0, following - 1) if self.asked.resume else following
+        self.replicate = self.file.replicate(self.asked.resume)
         self.done = self.file.settled(self.replicate) if self.asked.resume else set()
         env.write_run(self.out, self.entry)
 
@@ -213,7 +205,7 @@ class Run:
             "impl_version": self.version,
             "family": cell.arm["family"],
             "device": self.slug,
-            "device_index": int(self.asked.device.partition(":")[2] or 0),
+            "device_index": env.device_index(self.asked.device),
             "env": self.entry["id"],
             "replicate": self.replicate,
             "seed": self.asked.seed,

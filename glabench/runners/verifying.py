@@ -1,5 +1,6 @@
 """`glabench verify`: implementations against the float64 oracle over a grid, in processes of their own."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,11 +39,12 @@ def verify(
                 f"nothing of {family} runs on {device}", where="--family", fix="see glabench list"
             )
     tasks = [(impl, point) for impl in impls for point in grid.points(impl, device.split(":")[0])]
+    of_each = Counter(impl.id for impl, _ in tasks)
     found: dict[str, list[dict[str, Any]]] = {}
     for (impl, _), point in zip(tasks, _checked(tasks, device, jobs or _jobs(device)), strict=True):
         mine = found.setdefault(impl.id, [])
         mine.append(point)
-        if len(mine) == sum(of is impl for of, _ in tasks):
+        if len(mine) == of_each[impl.id]:
             off = sum(not point["ok"] for point in mine)
             say(f"{impl.id}: {len(mine)} points, {'all within tolerance' if not off else f'{off} off'}")
     points = [point for mine in found.values() for point in mine]
