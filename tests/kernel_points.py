@@ -3,6 +3,7 @@
 Reads points as JSON from standard input, writes {"point", "errors"} lines: what the oracle found wrong.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from family_calls import call, case
 from glabench import oracle
 from glabench.inputs import make_state
 from glabench.kernels import gla_chunk as kernels
-from glabench.kernels import gla_launch
+from glabench.kernels import gla_configs, gla_launch, plan_files
 
 FUNCTIONS = {
     "gla": kernels.gla_chunk,
@@ -23,6 +24,8 @@ FUNCTIONS = {
     "retention": kernels.retention_chunk,
     "linear_attention": kernels.linear_attention_chunk,
 }
+
+GATES = {"linear_attention": 0, "retention": 1, "simple_gla": 2, "gla": 3}
 
 
 def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None, states=True, **how):
@@ -49,9 +52,13 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
         leaves = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in tensors.items()}
         leaves = {n: x.requires_grad_() for n, x in leaves.items()}
     positional = list(leaves.values())
+    point = plan_files.Point(d_k, d_v, GATES[family], wide=True)
+    rule = gla_configs.rule(point)
+    longer = dataclasses.replace(rule, chunk=how.pop("chunk", rule.chunk))
+    given.pop("chunk", None)
     if states:
         given["initial_state"] = leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
-    with oracle.poisoned_memory():
+    with oracle.poisoned_memory(), gla_configs.in_force(point, longer):
         out, final = FUNCTIONS[family](*positional, **given)
         derived = [(out, options["d_out"])] + ([(final, options["d_state"])] if states else [])
         outs, d_outs = zip(*derived, strict=True)

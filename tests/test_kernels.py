@@ -71,6 +71,22 @@ SETS = {
         _point(f, 130, 64, 16, heads=1, regime=r, carried=True)
         for f, r in (("gla", "trained"), ("gla", "mixed"), ("retention", "trained"))
     ],
+    "chunks of two tiles": [
+        _point(f, T, 48, 32, regime=r, form=form, heads=1, carried=carried, chunk=128)
+        for f in ("gla", "linear_attention")
+        for T, r, form, carried in (
+            (63, "trained", "materialised", False),
+            (200, "trained", "materialised", True),
+            (257, "mixed", "recompute", True),
+            (200, "mixed", "materialised", False),
+            (130, "extreme", "materialised", True),
+        )
+    ]
+    + [
+        _point(f, 200, bounds=PACKED, regime="mixed", carried=c, chunk=128)
+        for f in ("gla", "linear_attention")
+        for c in (True, False)
+    ],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }
 

@@ -44,13 +44,13 @@ def test_shipped_files_hold_what_differs_from_the_rule(path):
     for block in plan_files.read(path):
         assert env.device_slug(block["device"]) == path.stem
         for point, changes in block["plan"].items():
-            rule = gla_configs.rule(point.d_k, point.d_v, wide=point.wide)
+            rule = gla_configs.rule(point)
             assert gla_configs.plan_on(path.stem, point) == replace(rule, **changes)
             assert all(getattr(rule, name) != value for name, value in changes.items())
 
 
 def test_without_a_file_there_is_the_rule():
-    assert gla_configs.plan_on("no_such_gpu", POINT) == gla_configs.rule(128, 256, wide=False)
+    assert gla_configs.plan_on("no_such_gpu", POINT) == gla_configs.rule(POINT)
     assert plan_files.digest("no_such_gpu") is None
 
 
@@ -61,13 +61,13 @@ def test_a_users_file_counts_before_the_shipped_one_point_by_point(folder):
         p: c for b in plan_files.read(plan_files.SHIPPED / "h100_sxm.toml") for p, c in b["plan"].items()
     }
     point, changes = shipped.popitem()
-    rule = gla_configs.rule(point.d_k, point.d_v, wide=point.wide)
+    rule = gla_configs.rule(point)
     assert gla_configs.plan_on("h100_sxm", point) == replace(rule, **changes) != rule
 
 
 def test_a_point_without_launches_takes_the_rule_back(folder):
     write(folder, {POINT: {}})
-    assert gla_configs.plan_on("h100_sxm", POINT) == gla_configs.rule(128, 256, wide=False)
+    assert gla_configs.plan_on("h100_sxm", POINT) == gla_configs.rule(POINT)
 
 
 def test_the_digest_follows_launches_and_not_comments(folder, tmp_path_factory, monkeypatch):
@@ -96,14 +96,14 @@ def test_a_run_names_the_plans_in_force_and_its_id_follows_them(folder):
 
 
 def test_a_plan_under_trial_is_in_force_for_its_point_alone_and_ends():
-    trial = replace(gla_configs.rule(128, 256, wide=False), state=Launch(32, 8, 1))
+    trial = replace(gla_configs.rule(POINT), state=Launch(32, 8, 1))
     inner = replace(trial, chunk=32)
     before = gla_configs.plan_for(*POINT, None)
     with gla_configs.in_force(POINT, trial):
         with gla_configs.in_force(POINT, inner):
             assert gla_configs.plan_for(*POINT, None) == inner
         assert gla_configs.plan_for(*POINT, None) == trial
-        assert gla_configs.plan_for(*OTHER, None) == gla_configs.rule(64, 64, wide=True)
+        assert gla_configs.plan_for(*OTHER, None) == gla_configs.rule(OTHER)
     assert gla_configs.plan_for(*POINT, None) == before != trial
 
 

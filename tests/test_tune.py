@@ -20,9 +20,9 @@ from glabench.runners import tune, tune_table, tune_variants
 from glabench.runners.tune_variants import RULE, Trial, Whole, choose_launches, choose_plan
 
 HERE = Path(__file__).parent
-PLAN = gla_configs.rule(128, 256, wide=False)
 FAST, SLOW = Launch(128, 8, 3), Launch(16, 1, 1)
 GLA, PLAIN, HEAD = Point(128, 256, 3, False), Point(128, 256, 0, False), Point(128, 256, 2, False)
+PLAN = gla_configs.rule(PLAIN)
 
 
 def run(*words):

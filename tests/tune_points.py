@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, here and in t
 
 from glabench.cases import Shape
 from glabench.kernels import gla_configs
-from glabench.kernels.plan_files import FOLDER, Launch
+from glabench.kernels.plan_files import FOLDER, Launch, Point
 from glabench.runners import tune
 
 
@@ -38,7 +38,7 @@ def main():
     report = tune.run(request, lambda text: print(text, file=sys.stderr))  # noqa: T201
     os.environ[FOLDER] = str(out.parent)
     plan = gla_configs.plan_for(16, 32, 0, True, None)
-    other = gla_configs.plan_for(16, 32, 0, False, None) == gla_configs.rule(16, 32, wide=False)
+    other = gla_configs.plan_for(16, 32, 0, False, None) == gla_configs.rule(Point(16, 32, 0, False))
     print(json.dumps({"report": report, "in_force": asdict(plan), "others_are_the_rule": other}))  # noqa: T201
 
 

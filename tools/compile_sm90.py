@@ -73,7 +73,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     }
     constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
-    constants |= {"SEGMENTS": 1, "KEEP": True}
+    constants |= {"SEGMENTS": 1, "KEEP": True, "R": gla_launch.rows_of(plan.chunk, gate)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     if name == "recurrent":
@@ -125,7 +125,7 @@ def recurrent(shape, gate, dtype):
     H, K, V = SHAPES[shape]
     for batch in BATCHES:
         launch, KP = gla_configs.recurrent_tile(K, V, batch * H, MULTIPROCESSORS)
-        plan = dataclasses.replace(gla_configs.rule(K, V, wide=False), BK=KP)
+        plan = dataclasses.replace(gla_configs.rule(Point(K, V, GATES[gate], False)), BK=KP)
         made = sources("recurrent", H, K, V, GATES[gate], dtype, False, False, launch, plan)
         report(f"{shape} {dtype} {gate} recurrent, batch {batch}", made, launch)
 

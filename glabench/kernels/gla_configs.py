@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from glabench.installed import cuda_device_name, device_slug
 from glabench.kernels import plan_files
-from glabench.kernels.plan_files import Launch, Plan, Point
+from glabench.kernels.plan_files import GATES, Launch, Plan, Point
 
-CHUNK = 64  # tokens: larger ones move fewer bytes, but leave fewer programs a multiprocessor
+CHUNK = 64  # tokens of a tile; a chunk is one or two, and keeps a state
+NONE, CHANNEL = GATES.index("none"), GATES.index("channel")
 
 _tried: dict[Point, Plan] = {}
 
@@ -30,7 +31,7 @@ def plan_for(K: int, V: int, gate: int, wide: bool, index: int | None) -> Plan:
 def plan_on(device: str, point: Point) -> Plan:
     """Plan for a device by its slug: the rule's, but for what a plan file says of this point."""
     changes = plan_files.points(device).get(point, {})
-    return dataclasses.replace(rule(point.d_k, point.d_v, wide=point.wide), **changes)
+    return dataclasses.replace(rule(point), **changes)
 
 
 @contextmanager
@@ -49,14 +50,28 @@ def in_force(point: Point, plan: Plan) -> Iterator[None]:
         plan_for.cache_clear()
 
 
-def rule(K: int, V: int, *, wide: bool) -> Plan:
-    """Tiles of 64x64; a carried state of two key blocks is narrower, and outputs wider, where V allows."""
+def takes_two_tiles(gate: int, *, wide: bool) -> bool:
+    """Whether the kernels take chunks of two tiles: with decays that are in q and k already, or none."""
+    return gate in (NONE, CHANNEL) and not wide
+
+
+def rule(point: Point, chunk: int = CHUNK) -> Plan:
+    """Tiles of 64x64; a carried state of two key blocks is narrower, and outputs wider, where V allows.
+
+    In chunks of two tiles, whole chunks are the tiles of some kernels, and the gradient's second tile takes
+    registers.
+    """
+    K, V, wide = point.d_k, point.d_v, point.wide
     most = 32 if wide else 64
     BK, BV = min(most, _power2(K)), min(most, _power2(V))
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
-    return Plan(CHUNK, BK, usual, carry, carry, usual, output, usual, usual)
+    plan = Plan(chunk, BK, usual, carry, carry, usual, output, usual, usual)
+    if chunk > CHUNK:
+        whole = dataclasses.replace(usual, warps=8)
+        return dataclasses.replace(plan, scale=whole, state=whole, gradient=Launch(BV, 4, 2))
+    return plan
 
 
 def _power2(width: int) -> int:

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    FIXED,
     HEAD,
     LEVELS,
     LIMIT,
@@ -14,7 +13,7 @@ from glabench.kernels.gla_tiles import (
     after,
     any_hard,
     before,
-    centred,
+    centred_rows,
     chunk_bounds,
     head_after,
     head_before,
@@ -61,6 +60,278 @@ def hard_gradients(x, y, g, dA, dq, dk, C: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
+def products(
+    v,
+    do,
+    h,
+    dh,
+    rows,
+    count,
+    col,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CROSS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """do v^T of some rows, their dq and dk from the states, and, to CROSS, S dS^T of the chunk."""
+    TYPE: tl.constexpr = h.dtype.element_ty
+    R: tl.constexpr = rows.shape[0]
+    dA = tl.zeros([R, R], tl.float32)
+    dq = tl.zeros([R, BK], tl.float32)
+    dk = tl.zeros([R, BK], tl.float32)
+    crossed = tl.zeros([BK, BK], tl.float32)  # only its diagonal is wanted: a product costs no registers
+    for vc in range(0, V, BV):
+        value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
+        grad = load_tile(do, rows, count, H * V, vc, V, BV).to(TYPE)
+        state = load_state(h, vc, col, V, K, BV, BK)
+        dstate = load_state(dh, vc, col, V, K, BV, BK)
+        dA = tl.dot(grad, tl.trans(value), dA, input_precision=PRECISION)
+        dq = tl.dot(grad, state, dq, input_precision=PRECISION)
+        dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
+        if CROSS:
+            crossed = tl.dot(tl.trans(state), dstate, crossed, input_precision=PRECISION)
+    ks = tl.arange(0, BK)
+    carried = tl.sum(tl.where(ks[:, None] == ks[None, :], crossed, 0.0), 0)
+    return tl.where(rows[:, None] >= rows[None, :], dA, 0.0), dq, dk, carried
+
+
+@triton.jit
+def across_tiles(
+    v, do, rows, count, late, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, TYPE: tl.constexpr
+):
+    """do of a late tile's rows, of which `late` are there, times v^T of an early one's."""
+    dA = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    for vc in range(0, V, BV):
+        value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
+        grad = load_tile(do, rows, late, H * V, vc, V, BV).to(TYPE)
+        dA = tl.dot(grad, tl.trans(value), dA)
+    return dA
+
+
+@triton.jit
+def put_gradients(
+    q,
+    k,
+    dq,
+    dk,
+    g,
+    all_count,
+    first,
+    rows,
+    count,
+    col,
+    dq_out,
+    dk_out,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store dq and dk of a chunk's rows from `first`; with gates, the terms of their gradient."""
+    terms = dq
+    if GATE == CHANNEL:
+        gates = load_tile(g, tl.arange(0, C), all_count, H * K, col, K, BK)
+        decay = centred_rows(gates, first + rows, C, PRECISION)
+        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+        terms = x * dq - y * dk
+        dk *= power2(-decay)
+        dq *= power2(decay) * scale
+    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
+    return terms
+
+
+@triton.jit
+def common_tile(
+    v,
+    do,
+    q,
+    k,
+    g,
+    h,
+    dh,
+    dq_out,
+    dk_out,
+    dg_out,
+    count,
+    col,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+):
+    """dq, dk and dg of one chunk that is not hard, with gates a channel or none; R of its tokens at a time.
+
+    Where a chunk has two tiles, the late tokens meet the early ones in a product of their own, and the
+    early gates wait for the late terms.
+    """
+    TYPE: tl.constexpr = h.dtype.element_ty
+    GATED: tl.constexpr = GATE == CHANNEL
+    rows = tl.arange(0, R)
+    factor = 1.0 if GATED else scale  # with gates the scale is in q
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, GATED, PRECISION)
+    x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+    y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+    if GATED:
+        carried += tl.sum(y * dk, 0)
+    part = (dA * factor).to(TYPE)
+    dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+    dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
+    if C > R:
+        late = count - R
+        part = (across_tiles(v, do + R * H * V, rows, count, late, H, V, BV, TYPE) * factor).to(TYPE)
+        x = load_tile(q + R * H * K, rows, late, H * K, col, K, BK).to(TYPE)
+        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+    terms = put_gradients(
+        q, k, dq, dk, g, count, 0, rows, count, col, dq_out, dk_out, scale,
+        H, K, C, BK, GATE, TYPE, PRECISION,
+    )  # fmt: skip
+    if GATED:
+        dg = sums_to_end(terms, R, TYPE, PRECISION)
+    if C > R:
+        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+        v += R * H * V
+        do += R * H * V
+        q += R * H * K
+        k += R * H * K
+        dA, dq, dk, _ = products(v, do, h, dh, rows, late, col, H, K, V, BK, BV, False, PRECISION)
+        dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
+        x = load_tile(q, rows, late, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k, rows, late, H * K, col, K, BK).to(TYPE)
+        if GATED:
+            carried += tl.sum(y * dk, 0)
+        part = (dA * factor).to(TYPE)
+        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+        dq = tl.dot(part, y, dq, input_precision=PRECISION)
+        to_q, to_k = dq_out + R * H * K, dk_out + R * H * K
+        terms = put_gradients(
+            q, k, dq, dk, g, count, R, rows, late, col, to_q, to_k, scale,
+            H, K, C, BK, GATE, TYPE, PRECISION,
+        )  # fmt: skip
+        if GATED:
+            later = sums_to_end(terms, R, TYPE, PRECISION) + carried[None, :]
+            store_tile(dg_out + R * H * K, later, rows, late, H * K, col, K, BK)
+            carried += tl.sum(terms, 0)
+    if GATED:
+        store_tile(dg_out, dg + carried[None, :], rows, count, H * K, col, K, BK)
+
+
+@triton.jit
+def hard_tile(
+    v,
+    do,
+    q,
+    k,
+    g,
+    total,
+    h,
+    dh,
+    dq_out,
+    dk_out,
+    dg_out,
+    count,
+    col,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, dk and dg of one hard chunk, from raw q and k."""
+    TYPE: tl.constexpr = h.dtype.element_ty
+    rows = tl.arange(0, C)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, True, PRECISION)
+    x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+    y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+    gates = load_tile(g, rows, count, H * K, col, K, BK)
+    sums = load_channels(total, col, K, BK)
+    r = kept_share(sums)
+    carried *= power2(sums - 2 * r)
+    dq *= power2(before(gates, C, PRECISION) - r[None, :]) * scale
+    dk *= power2(after(gates, C, PRECISION) - r[None, :])
+    gained = y * dk
+    carried += tl.sum(gained, 0)
+    terms = x * dq - gained
+    dq, dk, inner = hard_gradients(x, y, gates, dA * scale, dq, dk, C, PRECISION)
+    terms += inner
+    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
+    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+    dg = sums_to_end(terms, C, TYPE, PRECISION) + carried[None, :]
+    store_tile(dg_out, dg, rows, count, H * K, col, K, BK)
+
+
+@triton.jit
+def head_tile(
+    v,
+    do,
+    q,
+    k,
+    g,
+    h,
+    dh,
+    dq_out,
+    dk_out,
+    dg_out,
+    start,
+    head,
+    kb,
+    count,
+    col,
+    scale,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, dk and dg of one chunk with one gate a head."""
+    TYPE: tl.constexpr = h.dtype.element_ty
+    HEADED: tl.constexpr = GATE == HEAD
+    rows = tl.arange(0, C)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, HEADED, PRECISION)
+    x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+    y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+    gates = head_gates(g, start, head, rows, count, H, GATE, C)
+    dq *= (power2(head_before(gates, C)) * scale)[:, None]
+    dk *= power2(head_after(gates, C))[:, None]
+    part = (dA * scale * head_between(gates, GATE, False, C)).to(TYPE)
+    if HEADED:
+        passed = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E) * tl.sum(carried, 0)
+        passed += tl.sum(tl.sum(y * dk, 1), 0)
+    dq = tl.dot(part, y, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+    if HEADED:
+        terms = tl.sum(x * dq - y * dk, 1)
+        later = rows[:, None] <= rows[None, :]
+        dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
+        at = (kb * tokens + start + rows) * H + head
+        tl.store(dg_out + at, dg, mask=rows < count)
+    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
+    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+
+
+@triton.jit
 def gradient_tile(
     kb,
     head,
@@ -91,93 +362,39 @@ def gradient_tile(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    R: tl.constexpr,
 ):
     """dq, dk and dg of one chunk and head, for BK of its key channels: see gradient_kernel."""
-    TYPE: tl.constexpr = h.dtype.element_ty
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
-    rows = tl.arange(0, C)
-    token = start * H + head
+    token, at, col = start * H + head, chunk * H + head, kb * BK
+    q += token * K
+    k += token * K
     v += token * V
     do += token * V
-    at = chunk * H + head
     h += at * K * V
     dh += at * K * V
-    col = kb * BK
-    dA = tl.zeros([C, C], tl.float32)
-    dq = tl.zeros([C, BK], tl.float32)
-    dk = tl.zeros([C, BK], tl.float32)
-    crossed = tl.zeros([BK, BK], tl.float32)  # only its diagonal is wanted: a product costs no registers
-    for vc in range(0, V, BV):
-        value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
-        grad = load_tile(do, rows, count, H * V, vc, V, BV).to(TYPE)
-        state = load_state(h, vc, col, V, K, BV, BK)
-        dstate = load_state(dh, vc, col, V, K, BV, BK)
-        dA = tl.dot(grad, tl.trans(value), dA, input_precision=PRECISION)
-        dq = tl.dot(grad, state, dq, input_precision=PRECISION)
-        dk = tl.dot(value, dstate, dk, input_precision=PRECISION)
-        if GATE >= HEAD:
-            crossed = tl.dot(tl.trans(state), dstate, crossed, input_precision=PRECISION)
-    x = load_tile(q + token * K, rows, count, H * K, col, K, BK).to(TYPE)
-    y = load_tile(k + token * K, rows, count, H * K, col, K, BK).to(TYPE)
-    ks = tl.arange(0, BK)
-    carried = tl.sum(tl.where(ks[:, None] == ks[None, :], crossed, 0.0), 0)
-    dA = tl.where(rows[:, None] >= rows[None, :], dA, 0.0)
-    if GATE != CHANNEL or HARD:  # else the scale is in q
-        dA *= scale
-        dq *= scale
-    if GATE == CHANNEL:
-        gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
-        if not HARD:
-            decay = centred(gates, C, PRECISION)
-            carried += tl.sum(y * dk, 0)
-            part = dA.to(x.dtype)
-            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-            store_tile(dk_out + token * K, dk * power2(-decay), rows, count, H * K, col, K, BK)
-            terms = y * dk
-            dq = tl.dot(part, y, dq, input_precision=PRECISION)
-            store_tile(dq_out + token * K, dq * (power2(decay) * scale), rows, count, H * K, col, K, BK)
-            terms = x * dq - terms
-        else:
-            sums = load_channels(total + at * K, col, K, BK)
-            r = kept_share(sums)
-            carried *= power2(sums - 2 * r)
-            up = power2(before(gates, C, PRECISION) - r[None, :])
-            down = power2(after(gates, C, PRECISION) - r[None, :])
-            dq *= up
-            dk *= down
-            gained = y * dk
-            carried += tl.sum(gained, 0)
-            terms = x * dq - gained
-            dq, dk, inner = hard_gradients(x, y, gates, dA, dq, dk, C, PRECISION)
-            terms += inner
-            store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
-            store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
-        dg = sums_to_end(terms, C, x.dtype, PRECISION) + carried[None, :]
-        store_tile(dg_out + token * K, dg, rows, count, H * K, col, K, BK)
+    dq_out += token * K
+    dk_out += token * K
+    if HARD:
+        hard_tile(
+            v, do, q, k, g + token * K, total + at * K, h, dh, dq_out, dk_out, dg_out + token * K,
+            count, col, scale, H, K, V, C, BK, BV, PRECISION,
+        )  # fmt: skip
+    elif GATE == CHANNEL:
+        common_tile(
+            v, do, q, k, g + token * K, h, dh, dq_out, dk_out, dg_out + token * K,
+            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION, R,
+        )  # fmt: skip
     elif GATE == NONE:
-        part = dA.to(x.dtype)
-        dq = tl.dot(part, y, dq, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+        common_tile(
+            v, do, q, k, g, h, dh, dq_out, dk_out, dg_out,
+            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION, R,
+        )  # fmt: skip
     else:
-        gates = head_gates(g, start, head, rows, count, H, GATE, C)
-        dq *= power2(head_before(gates, C))[:, None]
-        dk *= power2(head_after(gates, C))[:, None]
-        part = (dA * head_between(gates, GATE, False, C)).to(x.dtype)
-        if GATE == FIXED:
-            dq = tl.dot(part, y, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-        else:
-            passed = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E) * tl.sum(carried, 0)
-            passed += tl.sum(tl.sum(y * dk, 1), 0)
-            dq = tl.dot(part, y, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-            terms = tl.sum(x * dq - y * dk, 1)
-            later = rows[:, None] <= rows[None, :]
-            dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
-            tl.store(dg_out + kb * tokens * H + token + rows * H, dg, mask=rows < count)
-    if GATE != CHANNEL:
-        store_tile(dq_out + token * K, dq, rows, count, H * K, col, K, BK)
-        store_tile(dk_out + token * K, dk, rows, count, H * K, col, K, BK)
+        head_tile(
+            v, do, q, k, g, h, dh, dq_out, dk_out, dg_out, start, head, kb, count, col, scale, tokens,
+            H, K, V, C, BK, BV, GATE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "N", "tokens", "pairs", "scale"])
@@ -210,6 +427,7 @@ def gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    R: tl.constexpr,
 ):
     """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
 
@@ -236,7 +454,7 @@ def gradient_kernel(
                     gradient_tile(
                         tile % NK, pair % H, pair // H, q, k, v, g, do, total, h, dh,
                         dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True,
+                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True, R,
                     )  # fmt: skip
     else:
         kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
@@ -247,5 +465,5 @@ def gradient_kernel(
         gradient_tile(
             kb, head, chunk, q, k, v, g, do, total, h, dh,
             dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False,
+            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False, R,
         )  # fmt: skip

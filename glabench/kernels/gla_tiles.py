@@ -117,16 +117,18 @@ def kept_share(sums):
 
 
 @triton.jit
-def next_state(S, value, tile, sums, coming, lowest, PRECISION: tl.constexpr):
-    """The state [BV, BK] before the next chunk, times its kept share, from this chunk's; see scale_kernel.
+def next_state(S, value, tile, sums, coming, begins, ends, lowest, PRECISION: tl.constexpr):
+    """The state [BV, BK] after a tile; after a chunk's last one, times the next chunk's kept share.
 
-    In channels that are not hard, S and the chunk's own state lack the same factor.
+    See scale_kernel: in channels that are not hard, S and the chunk's own state lack the same factor.
     """
     kept = kept_share(sums)
-    if lowest < -2 * LIMIT:
+    if begins & (lowest < -2 * LIMIT):
         S = S * power2(sums - 2 * kept)[None, :]
     S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
-    return S * power2(kept + coming)[None, :]
+    if ends:
+        S = S * power2(kept + kept_share(coming))[None, :]
+    return S
 
 
 @triton.jit
@@ -164,6 +166,12 @@ def centred(g, C: tl.constexpr, PRECISION: tl.constexpr):
     """Log decay through each token, counted from half of the chunk's total."""
     i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return summed(tl.where(s <= i, 0.5, -0.5), g, PRECISION)
+
+
+@triton.jit
+def centred_rows(g, rows, C: tl.constexpr, PRECISION: tl.constexpr):
+    """The same for some of a chunk's tokens."""
+    return summed(tl.where(tl.arange(0, C)[None, :] <= rows[:, None], 0.5, -0.5), g, PRECISION)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from glabench import __version__, env, registry
 from glabench.cases import DTYPES, SHAPES, Case, Shape, choose, split_names
 from glabench.errors import UnavailableError, UsageError, nearest
 from glabench.installed import installed_version, ptxas_version
-from glabench.kernels import plan_files
+from glabench.kernels import gla_configs, plan_files
 from glabench.kernels.plan_files import Plan, Point
 from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
@@ -103,18 +103,18 @@ class Tuned:
             "point": list(self.point),
             "case": asdict(case),
             "device": self.request.device,
-            "base": asdict(tune_variants.base(self.point, trial.chunk)),
+            "base": asdict(gla_configs.rule(self.point, trial.chunk)),
             "use": trial.use,
             "launch": asdict(trial.launch),
         }
 
     def plans(self) -> dict[str, Plan]:
         """The plans worth a whole call: the rule, and the best of each chunk length."""
-        found = {RULE: tune_variants.base(self.point, tune_variants.CHUNK)}
+        found = {RULE: gla_configs.rule(self.point)}
         for chunk in dict.fromkeys(t.chunk for t in self.trials):
             mine = [t for t in self.trials if t.chunk == chunk]
             if any(t.status == "ok" for t in mine):
-                plan = tune_variants.choose_launches(tune_variants.base(self.point, chunk), mine)
+                plan = tune_variants.choose_launches(gla_configs.rule(self.point, chunk), mine)
                 found[f"chunks of {chunk}"] = plan
         return {name: plan for name, plan in found.items() if name == RULE or plan != found[RULE]}
 

@@ -23,7 +23,6 @@ def _launches(**kernels: list[tuple[int, ...]]) -> dict[str, tuple[Launch, ...]]
 
 
 _CARRY = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
-_CARRY_128 = [(64, 8, 1), (64, 8, 2)]
 VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the best on some GPU, or near it
     64: _launches(
         scale=[(64, 4, 1), (64, 4, 1, 168), (64, 2, 1)],
@@ -34,12 +33,12 @@ VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the
         gradient=[(64, 4, 2), (64, 4, 3), (64, 4, 3, 168), (64, 4, 4)],
     ),
     128: _launches(
-        scale=[(64, 4, 1), (64, 8, 1)],
-        carry=_CARRY_128,
-        carry_back=_CARRY_128,
-        state=[(64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
-        output=[(64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (64, 8, 3, 128), (128, 8, 2)],
-        gradient=[(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 8, 3)],
+        scale=[(64, 8, 1)],
+        carry=_CARRY,
+        carry_back=_CARRY,
+        state=[(64, 8, 3), (64, 4, 2), (64, 4, 3), (128, 8, 3)],
+        output=[(128, 4, 2), (128, 4, 3), (64, 4, 2), (64, 4, 3)],
+        gradient=[(64, 4, 2), (64, 4, 3), (32, 4, 3), (64, 8, 2)],
     ),
 }
 _WIDE = [(32, 4, 1), (32, 4, 2), (32, 8, 1), (64, 8, 1)]
@@ -88,15 +87,6 @@ def describe(launch: Launch) -> str:
     return f"BV {launch.BV}, {launch.warps} warps, {launch.stages} stages{limit}"
 
 
-def base(point: Point, chunk: int) -> Plan:
-    """The plan that the launches of a chunk length are tried against: for the rule's own chunk, the rule."""
-    rule = gla_configs.rule(point.d_k, point.d_v, wide=point.wide)
-    if chunk == rule.chunk:
-        return rule
-    usual = Launch(min(64, rule.state.BV), 8, 1)
-    return Plan(chunk, rule.BK, *([usual] * len(KERNELS)))
-
-
 def exists(use: str, point: Point, plan: Plan) -> bool:
     """Whether a call of these widths and gates can use a kernel so."""
     if use == "scale":
@@ -110,7 +100,9 @@ def exists(use: str, point: Point, plan: Plan) -> bool:
 def trials(point: Point, variants: Variants) -> Iterator[Trial]:
     """Every launch to try at a point, the one in the base plan among them and first."""
     for chunk, kernels in variants.items():
-        plan = base(point, chunk)
+        if chunk > CHUNK and not gla_configs.takes_two_tiles(point.gate, wide=point.wide):
+            continue
+        plan = gla_configs.rule(point, chunk)
         for use in USES:
             wanted = kernels.get(kernel_of(use), ())
             if wanted and exists(use, point, plan):
@@ -154,5 +146,5 @@ def choose_plan(found: Sequence[Whole]) -> Whole | None:
 
 def changes(point: Point, plan: Plan) -> Changes:
     """What a plan file says of a plan: where it differs from the rule."""
-    rule = gla_configs.rule(point.d_k, point.d_v, wide=point.wide)
+    rule = gla_configs.rule(point)
     return {n: getattr(plan, n) for n in (*SIZES, *KERNELS) if getattr(plan, n) != getattr(rule, n)}
