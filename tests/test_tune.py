@@ -138,9 +138,10 @@ def test_dry_run_lists_what_would_be_tried():
         ("gla_chunk", 64, 16),
         ("retention_chunk", 64, 16),
     ]
-    assert all(
-        len(p["launches"]) > 20 and {t["chunk"] for t in p["launches"]} == {64, 128} for p in found["points"]
-    )
+    for point in found["points"]:  # one gate a head has chunks of one tile
+        assert len(point["launches"]) > 10
+        chunks = {64, 128} if point["impl"] == "gla_chunk" else {64}
+        assert {t["chunk"] for t in point["launches"]} == chunks
     text = run("--dry-run", "--d-k", "96", "--d-v", "192", "--heads", "3", "--impl", "gla_chunk").stdout
     assert "gradient" in text and "96" in text and "nothing was run" in text
 
