@@ -5,21 +5,17 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    FIXED,
     HEAD,
     LEVELS,
     LIMIT,
-    LOG2E,
     NONE,
     after,
     any_hard,
     before,
     centred,
     chunk_bounds,
-    head_after,
-    head_before,
-    head_between,
-    head_gates,
+    decayed,
+    head_decays,
     kept_share,
     level_decays,
     level_pairs,
@@ -71,6 +67,7 @@ def gradient_tile(
     g,
     do,
     total,
+    reach,
     h,
     dh,
     dq_out,
@@ -159,18 +156,15 @@ def gradient_tile(
         dq = tl.dot(part, y, dq, input_precision=PRECISION)
         dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
     else:
-        gates = head_gates(g, start, head, rows, count, H, GATE, C)
-        dq *= power2(head_before(gates, C))[:, None]
-        dk *= power2(head_after(gates, C))[:, None]
-        part = (dA * head_between(gates, GATE, False, C)).to(x.dtype)
-        if GATE == FIXED:
-            dq = tl.dot(part, y, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-        else:
-            passed = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E) * tl.sum(carried, 0)
-            passed += tl.sum(tl.sum(y * dk, 1), 0)
-            dq = tl.dot(part, y, dq, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+        from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+        dq *= power2(from_start)[:, None]
+        dk *= power2(to_end)[:, None]
+        part = decayed(dA, from_start, lost, reach, at, GATE, False, C).to(x.dtype)
+        if GATE == HEAD:
+            passed = power2(lost) * tl.sum(carried, 0) + tl.sum(tl.sum(y * dk, 1), 0)
+        dq = tl.dot(part, y, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
+        if GATE == HEAD:
             terms = tl.sum(x * dq - y * dk, 1)
             later = rows[:, None] <= rows[None, :]
             dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
@@ -234,7 +228,7 @@ def gradient_kernel(
                 if tl.load(reach + tile) < -2 * LIMIT:
                     pair = tile // NK
                     gradient_tile(
-                        tile % NK, pair % H, pair // H, q, k, v, g, do, total, h, dh,
+                        tile % NK, pair % H, pair // H, q, k, v, g, do, total, reach, h, dh,
                         dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
                         H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True,
                     )  # fmt: skip
@@ -245,7 +239,7 @@ def gradient_kernel(
             if lowest < -2 * LIMIT:
                 return
         gradient_tile(
-            kb, head, chunk, q, k, v, g, do, total, h, dh,
+            kb, head, chunk, q, k, v, g, do, total, reach, h, dh,
             dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
             H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False,
         )  # fmt: skip

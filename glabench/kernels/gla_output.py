@@ -5,17 +5,15 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    FIXED,
     LIMIT,
+    NONE,
     after,
     any_hard,
     before,
     chunk_bounds,
+    decayed,
     halved_scores,
-    head_after,
-    head_before,
-    head_between,
-    head_gates,
+    head_decays,
     load_channels,
     load_state,
     load_tile,
@@ -34,6 +32,7 @@ def output_tile(
     v,
     g,
     total,
+    reach,
     h,
     o,
     chunks,
@@ -81,11 +80,10 @@ def output_tile(
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
         if not HARD:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    if GATE != CHANNEL and GATE >= FIXED:
-        gates = head_gates(g, start, head, rows, count, H, GATE, C)
-        decay = head_after(gates, C) if REVERSE else head_before(gates, C)
-        out *= power2(decay)[:, None]
-        A *= head_between(gates, GATE, REVERSE, C)
+    if GATE != CHANNEL and GATE != NONE:
+        from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+        out *= power2(to_end if REVERSE else from_start)[:, None]
+        A = decayed(A, from_start, lost, reach, at, GATE, REVERSE, C)
     A = tl.where(allowed, A * scale, 0.0)
     if not REVERSE:
         out *= scale
@@ -143,7 +141,7 @@ def output_kernel(
                 if any_hard(reach + pair * NK, NK, 64):
                     for vb in range(NV):
                         output_tile(
-                            vb, pair % H, pair // H, q, k, v, g, total, h, o, chunks, scale, T, N,
+                            vb, pair % H, pair // H, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
                             H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True,
                         )  # fmt: skip
     else:
@@ -153,6 +151,6 @@ def output_kernel(
             if hard:
                 return
         output_tile(
-            vb, head, chunk, q, k, v, g, total, h, o, chunks, scale, T, N,
+            vb, head, chunk, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
             H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, False,
         )  # fmt: skip
