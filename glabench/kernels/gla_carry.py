@@ -5,6 +5,8 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
+    FIXED,
+    HEAD,
     NONE,
     decayed,
     head_decays,
@@ -51,7 +53,7 @@ def carry_block(
     A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
     if GATE == CHANNEL:
         S = next_state(S, value, y, sums, kept_share(coming), lowest, PRECISION)
-    elif GATE != NONE:
+    elif GATE == FIXED or GATE == HEAD:  # noqa: SIM109
         S = tl.dot(tl.trans(own), y, S * kept, input_precision=PRECISION)
     elif REVERSE:
         S += tl.dot(tl.trans(value), y, input_precision=PRECISION) * scale
@@ -144,9 +146,9 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
         x = load_tile(q + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         y = load_tile(k + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         own, kept = value, 1.0
-        if GATE != NONE and GATE != CHANNEL:
-            before, after, lost = head_decays(g, total, at, head, rows, count, GATE, C)
-            to_here, from_here = (after, before) if REVERSE else (before, after)
+        if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+            from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+            to_here, from_here = (to_end, from_start) if REVERSE else (from_start, to_end)
             share = power2(from_here) * (scale if REVERSE else 1.0)
             own, kept = (value * share[:, None]).to(TYPE), power2(lost)
         A = tl.zeros([C, C], tl.float32)
@@ -173,15 +175,14 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
             )  # fmt: skip
             if GATE == CHANNEL:
                 sums2, lowest2 = coming2, tl.load(reach + ahead * NK + 1, mask=more, other=0.0)
-        if GATE != NONE and GATE != CHANNEL:
-            out *= power2(to_here)[:, None]
-            A = decayed(A, before, lost, reach, at, GATE, REVERSE, C)
-        if GATE == CHANNEL:
-            A = tl.where(allowed, A, 0.0)
-        else:
-            A = tl.where(allowed, A * scale, 0.0)
-            if not REVERSE:
-                out *= scale
+        A = tl.where(allowed, A, 0.0)  # before decays: Triton cannot wait for a product in a branch
+        to_out = 1.0 if REVERSE or GATE == CHANNEL else scale  # else states and scaled q bring it
+        if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+            out *= (power2(to_here) * to_out)[:, None]
+            A = decayed(A, to_here, lost, reach, at, scale, GATE, REVERSE, C)
+        elif GATE == NONE:
+            out *= to_out
+            A *= scale
         out = tl.dot(A.to(TYPE), value, out, input_precision=PRECISION)
         store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)
     if HAS_LAST:

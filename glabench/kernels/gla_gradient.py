@@ -159,7 +159,7 @@ def gradient_tile(
         from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
         dq *= power2(from_start)[:, None]
         dk *= power2(to_end)[:, None]
-        part = decayed(dA, from_start, lost, reach, at, GATE, False, C).to(x.dtype)
+        part = decayed(dA, from_start, lost, reach, at, 1.0, GATE, False, C).to(x.dtype)
         if GATE == HEAD:
             passed = power2(lost) * tl.sum(carried, 0) + tl.sum(tl.sum(y * dk, 1), 0)
         dq = tl.dot(part, y, dq, input_precision=PRECISION)

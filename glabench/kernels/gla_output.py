@@ -5,8 +5,9 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
+    FIXED,
+    HEAD,
     LIMIT,
-    NONE,
     after,
     any_hard,
     before,
@@ -80,13 +81,16 @@ def output_tile(
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
         if not HARD:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    if GATE != CHANNEL and GATE != NONE:
+    A = tl.where(allowed, A, 0.0)
+    to_out = 1.0 if REVERSE else scale
+    if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
         from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
-        out *= power2(to_end if REVERSE else from_start)[:, None]
-        A = decayed(A, from_start, lost, reach, at, GATE, REVERSE, C)
-    A = tl.where(allowed, A * scale, 0.0)
-    if not REVERSE:
-        out *= scale
+        to_here = to_end if REVERSE else from_start
+        out *= (power2(to_here) * to_out)[:, None]
+        A = decayed(A, to_here, lost, reach, at, scale, GATE, REVERSE, C)
+    else:
+        out *= to_out
+        A *= scale
     value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
     out = tl.dot(A.to(value.dtype), value, out, input_precision=PRECISION)
     store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)

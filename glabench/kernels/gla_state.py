@@ -107,10 +107,10 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
             if KEEP:
                 store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             if GATE != NONE:
-                before, after, lost_here = head_decays(g, total, at, head, rows, count, GATE, C)
+                from_start, to_end, lost_here = head_decays(g, total, at, head, rows, count, GATE, C)
                 S = S * power2(lost_here)
                 decayed += lost_here
-                tile = (tile * power2(before if REVERSE else after)[:, None]).to(tile.dtype)
+                tile = (tile * power2(from_start if REVERSE else to_end)[:, None]).to(tile.dtype)
             if REVERSE:
                 S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)
             else:

@@ -216,23 +216,21 @@ def head_decays(g, sums, at, head, rows, count, GATE: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def decayed(A, before, total, fixed, at, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
-    """A [C, C], rows queries and columns keys, times the decay between them; the other way round if MIRROR.
+def decayed(A, to_row, lost, fixed, at, factor, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
+    """A [C, C], rows queries and columns keys, times the decay between them and `factor`.
 
-    A factor for each row and one for each column, unless the chunk loses more than 2 ** LIMIT: then the
-    power of each difference, taken in integers. What is on the wrong side of the diagonal is finite.
+    The other way round if MIRROR. `to_row` is what head_decays says of the row: from the chunk's start, or to
+    its end if MIRROR. Rows and columns have a factor each, but where the chunk loses more than 2 ** LIMIT:
+    there it is the power of each difference, taken in integers. Beyond the diagonal all is finite.
     """
-    hard = total < -LIMIT if GATE == HEAD else False
+    hard = lost < -LIMIT if GATE == HEAD else False
     if hard:
         rows = tl.arange(0, C)
         fixed += at * C
         here, there = tl.load(fixed + rows)[:, None], tl.load(fixed + rows)[None, :]
         apart = there - here if MIRROR else here - there
-        A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS))
+        A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS)) * factor
     else:
-        up, down = power2(before), power2(-before)
-        if MIRROR:
-            up, down = down, up
-        A *= up[:, None]
-        A *= down[None, :]
+        A *= (power2(to_row) * factor)[:, None]
+        A *= power2(-to_row)[None, :]
     return A
