@@ -20,6 +20,7 @@ POINTS = {  # gate, T, whether one kernel carries the state, whether a state com
     "none, carried": (0, 130, True, False, True),
     "fixed, carried": (1, 70, True, True, True),
     "head": (2, 70, False, False, True),
+    "head, carried": (2, 130, True, True, True),
 }
 
 
@@ -51,9 +52,8 @@ def main():
 
             return run
 
-    for name in ("scale", "carry", "state", "output", "gradient", "exact"):
+    for name in ("scale", "carry", "state", "output", "gradient", "exact", "sums"):
         setattr(gla_launch, f"{name}_kernel", Watched(getattr(gla_launch, f"{name}_kernel")))
-    gla_launch.CARRIED = (gla_launch.NONE, gla_launch.FIXED, gla_launch.CHANNEL)
     for name, (gate, T, is_carried, has_state, keep) in POINTS.items():
         gla_launch.CARRY_PROGRAMS = 0 if is_carried else 1e9
         gla_launch.SEGMENT = 64 if "segments" in name else 4096

@@ -42,7 +42,6 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
     if how.pop("gate_dtype", None) == "fp16":  # products of float16 gates are exact, in the interpreter too
         tensors["g"] = tensors["g"].half()
     gla_launch.SEGMENT = 64 * how.pop("segment", 64)
-    gla_launch.CARRIED = (gla_launch.NONE, gla_launch.FIXED, gla_launch.CHANNEL)
     # one kernel for states and output, however few its programs; else never
     gla_launch.CARRY_PROGRAMS = 0 if how.pop("carried", False) else 1e9
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}

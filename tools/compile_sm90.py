@@ -24,7 +24,7 @@ from glabench.kernels.gla_carry import carry_kernel
 from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
-from glabench.kernels.gla_scale import scale_kernel
+from glabench.kernels.gla_scale import scale_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_step import STRIDES, recurrent_kernel
 from glabench.kernels.plan_files import Point
@@ -35,6 +35,7 @@ POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
     "scale": scale_kernel,
+    "sums": sums_kernel,
     "carry": carry_kernel,
     "state": state_kernel,
     "output": output_kernel,
@@ -42,6 +43,7 @@ KERNELS = {
     "exact": exact_kernel,
     "recurrent": recurrent_kernel,
 }
+PLANNED = {"sums": "scale"}  # kernels that share a launch
 REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
 DEVICE = "h100_sxm"  # whose plan file is taken
 BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
@@ -53,7 +55,7 @@ def exists(name, gate, K, BK, reverse, hard):
         return False
     if name in ("carry", "exact") and BK * 2 < K:
         return False
-    return gate == "channel" or (name not in ("scale", "exact") and (name != "carry" or gate != "head"))
+    return {"scale": "channel", "exact": "channel", "sums": "head"}.get(name, gate) == gate
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
@@ -64,7 +66,8 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         **dict.fromkeys(("q", "k", "v", "do", "o", "dq_out", "dk_out"), x),
         "g": x if gate != GATES["fixed"] else "*fp32",
         "dg_out": x if gate == GATES["channel"] else "*fp32",
-        **dict.fromkeys(("total", "reach", "first", "last"), "*fp32"),
+        **dict.fromkeys(("total", "first", "last", "sums"), "*fp32"),
+        **dict.fromkeys(("reach", "fixed"), "*fp32" if gate == GATES["channel"] else "*i32"),
         **dict.fromkeys(("h", "dh", "q_out", "k_out"), state),
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
         "scale": "fp32",
@@ -73,7 +76,8 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     }
     constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
-    constants |= {"SEGMENTS": 1, "KEEP": True, "R": gla_launch.rows_of(plan.chunk, gate)}
+    constants |= {"SEGMENTS": 1, "KEEP": True, "BH": gla_launch.heads_together(H)}
+    constants |= {"R": gla_launch.rows_of(plan.chunk, gate)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     if name == "recurrent":
@@ -83,7 +87,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
     constants |= dict.fromkeys(absent)
-    if name == "carry" and gate != GATES["channel"]:
+    if gate in (GATES["none"], GATES["fixed"]):
         absent += ["total", "reach"]
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -149,7 +153,9 @@ def main():
             for name, reverse, hard in kinds:
                 if not exists(name, gate, K, plan.BK, reverse, hard):
                     continue
-                launch = plan.carry_back if name == "carry" and reverse else getattr(plan, name)
+                launch = (
+                    plan.carry_back if name == "carry" and reverse else getattr(plan, PLANNED.get(name, name))
+                )
                 made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan)
                 label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
                 report(label, made, launch)

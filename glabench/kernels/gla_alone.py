@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glabench.kernels import gla_launch
-from glabench.kernels.gla_launch import CHANNEL, FIXED, Kept
+from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, Kept
 
 LOSS = -0.05  # of a state made up, in nats: what the values are does not change what is launched
 
@@ -64,10 +64,13 @@ def uses_of(
 
 
 def _unscaled(q: Tensor, k: Tensor, v: Tensor, chunks: gla_launch.Chunks, gate: int) -> Kept:
-    if gate != CHANNEL:
-        return Kept(None, None, None, q, k)
     H, K = q.shape[2:]
     like = {"dtype": torch.float32, "device": q.device}
+    if gate == HEAD:
+        sums = torch.full((chunks.total, H, 2, chunks.size), LOSS, **like)
+        return Kept(None, sums, torch.zeros_like(sums[:, :, 0], dtype=torch.int32), q, k)
+    if gate != CHANNEL:
+        return Kept(None, None, None, q, k)
     blocks, dtype = gla_launch.key_blocks(q, v, gate), gla_launch.state_dtype(q.dtype)
     totals = torch.full((chunks.total, H, K), LOSS, **like)
     reach = torch.full((chunks.total, H, blocks), LOSS, **like)

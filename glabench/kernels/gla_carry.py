@@ -6,7 +6,10 @@ import triton.language as tl
 from glabench.kernels.gla_tiles import (
     CHANNEL,
     FIXED,
-    LOG2E,
+    HEAD,
+    NONE,
+    decayed,
+    head_decays,
     kept_share,
     load_tile,
     next_state,
@@ -53,7 +56,7 @@ def carry_block(
     A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
     if GATE == CHANNEL:  # inside a chunk a state lacks nothing: q and k have their decays to its middle
         S = next_state(S, value, y, sums, coming, begins, ends, lowest, PRECISION)
-    elif GATE == FIXED:
+    elif GATE == FIXED or GATE == HEAD:  # noqa: SIM109
         S = tl.dot(tl.trans(own), y, S * kept, input_precision=PRECISION)
     elif REVERSE:
         S += tl.dot(tl.trans(value), y, input_precision=PRECISION) * scale
@@ -99,7 +102,7 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     """o of one head of one row, for BV of its value channels and all key channels; the states if KEEP.
 
     Math:   o = q S + (q k^T, j <= i) v, S' = e^(b_C) S + k^T v; with gates a channel q and k come from
-            scale_kernel with decays and scale, and S is as it is stored; a fixed gate is taken here.
+            scale_kernel with decays and scale, and S is as it is stored; a head's gates are taken here.
             REVERSE, from q = k, k = q, v = do, gives dv and the states' gradients, back to front.
             A chunk is taken R tokens at a time; only the state before it is kept.
     Grid:   V / BV, H, rows, the first fastest; a row's segments are rows, `first` has a state for each.
@@ -128,8 +131,6 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     sums = tl.zeros([BK], tl.float32)
     sums2, coming, coming2 = sums, sums, sums
     lowest, lowest2 = 0.0, 0.0
-    if GATE == FIXED:
-        rate = tl.load(g + head) * LOG2E
     if GATE == CHANNEL:
         at = (chunk0 + (chunks - 1 if REVERSE else 0)) * H + head
         sums = tl.load(total + at * K + ks, mask=(ks < K) & (chunks > 0), other=0.0)
@@ -155,11 +156,11 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
         x = load_tile(q + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         y = load_tile(k + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         own, kept = value, 1.0
-        if GATE == FIXED:  # every exponent is a count of tokens times the head's gate
-            before, after = (rows + 1) * rate, (count - 1 - rows) * rate
-            to_here, from_here = (after, before) if REVERSE else (before, after)
+        if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+            from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+            to_here, from_here = (to_end, from_start) if REVERSE else (from_start, to_end)
             share = power2(from_here) * (scale if REVERSE else 1.0)
-            own, kept = (value * share[:, None]).to(TYPE), power2(count * rate)
+            own, kept = (value * share[:, None]).to(TYPE), power2(lost)
         A = tl.zeros([R, R], tl.float32)
         out = tl.zeros([R, BV], tl.float32)
         states = h + at * K * V if KEEP else h
@@ -184,15 +185,14 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
             )  # fmt: skip
             if GATE == CHANNEL:
                 sums2, lowest2 = coming2, tl.load(reach + ahead * NK + 1, mask=more, other=0.0)
-        if GATE == FIXED:
-            out *= power2(to_here)[:, None]
-            A *= power2(tl.where(allowed, tl.where(i <= j, j - i, i - j) * rate, 0.0))
-        if GATE == CHANNEL:
-            A = tl.where(allowed, A, 0.0)
-        else:
-            A = tl.where(allowed, A * scale, 0.0)
-            if not REVERSE:
-                out *= scale
+        A = tl.where(allowed, A, 0.0)  # before decays: Triton cannot wait for a product in a branch
+        to_out = 1.0 if REVERSE or GATE == CHANNEL else scale  # else states and scaled q bring it
+        if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+            out *= (power2(to_here) * to_out)[:, None]
+            A = decayed(A, to_here, lost, reach, at, scale, GATE, REVERSE, C)
+        elif GATE == NONE:
+            out *= to_out
+            A *= scale
         out = tl.dot(A.to(TYPE), value, out, input_precision=PRECISION)
         store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)
     if HAS_LAST:

@@ -252,19 +252,22 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
     B, T, H, V = v.shape
     K, wide = q.shape[3], torch.float32
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = _chunk_count(B, T, cu_seqlens, gla_launch.chunk_size(q, v, gate))
-    has_totals = gate == CHANNEL and not recompute
+    size = gla_launch.chunk_size(q, v, gate)
+    chunks = _chunk_count(B, T, cu_seqlens, size)
+    blocks = gla_launch.key_blocks(q, v, gate)
+    totals = {HEAD: (chunks, H, 2, size), CHANNEL: (chunks, H, K)}.get(gate, 0)
+    reach = {HEAD: (chunks, H, size), CHANNEL: (chunks, H, blocks)}.get(gate, 0)
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
         q.new_empty((rows, H, K, V) if output_final_state else 0, dtype=wide),
         q.new_empty(0, dtype=wide)
         if recompute
         else q.new_empty(chunks, H, V, K, dtype=gla_launch.state_dtype(q.dtype)),
-        q.new_empty((chunks, H, K) if has_totals else 0, dtype=wide),
-        q.new_empty((chunks, H, gla_launch.key_blocks(q, v, gate)) if has_totals else 0, dtype=wide),
+        q.new_empty(0 if recompute else totals, dtype=wide),
+        q.new_empty(0 if recompute else reach, dtype=torch.int32 if gate == HEAD and not recompute else wide),
         *(
             torch.empty_like(x, dtype=gla_launch.state_dtype(q.dtype), memory_format=torch.contiguous_format)
-            if has_totals
+            if gate == CHANNEL and not recompute
             else q.new_empty(0, dtype=wide)
             for x in (q, k)
         ),

@@ -8,17 +8,14 @@ from glabench.kernels.gla_tiles import (
     HEAD,
     LEVELS,
     LIMIT,
-    LOG2E,
     NONE,
     after,
     any_hard,
     before,
     centred_rows,
     chunk_bounds,
-    head_after,
-    head_before,
-    head_between,
-    head_gates,
+    decayed,
+    head_decays,
     kept_share,
     level_decays,
     level_pairs,
@@ -284,11 +281,14 @@ def head_tile(
     q,
     k,
     g,
+    total,
+    reach,
     h,
     dh,
     dq_out,
     dk_out,
     dg_out,
+    at,
     start,
     head,
     kb,
@@ -307,28 +307,29 @@ def head_tile(
 ):
     """dq, dk and dg of one chunk with one gate a head."""
     TYPE: tl.constexpr = h.dtype.element_ty
-    HEADED: tl.constexpr = GATE == HEAD
+    GATED: tl.constexpr = GATE == HEAD
     rows = tl.arange(0, C)
-    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, HEADED, PRECISION)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, GATED, PRECISION)
     x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
-    gates = head_gates(g, start, head, rows, count, H, GATE, C)
-    dq *= (power2(head_before(gates, C)) * scale)[:, None]
-    dk *= power2(head_after(gates, C))[:, None]
-    part = (dA * scale * head_between(gates, GATE, False, C)).to(TYPE)
-    if HEADED:
-        passed = power2(tl.sum(gates.to(tl.float32), 0) * LOG2E) * tl.sum(carried, 0)
-        passed += tl.sum(tl.sum(y * dk, 1), 0)
-    dq = tl.dot(part, y, dq, input_precision=PRECISION)
+    from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+    part = decayed(dA * scale, from_start, lost, reach, at, 1.0, GATE, False, C).to(TYPE)
+    dq *= (power2(from_start) * scale)[:, None]
+    dk *= power2(to_end)[:, None]
+    if GATED:
+        passed = power2(lost) * tl.sum(carried, 0) + tl.sum(tl.sum(y * dk, 1), 0)
     dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-    if HEADED:
-        terms = tl.sum(x * dq - y * dk, 1)
+    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+    terms = 0.0
+    if GATED:
+        terms = tl.sum(y * dk, 1)
+    dq = tl.dot(part, y, dq, input_precision=PRECISION)
+    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
+    if GATED:
+        terms = tl.sum(x * dq, 1) - terms
         later = rows[:, None] <= rows[None, :]
         dg = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + passed
-        at = (kb * tokens + start + rows) * H + head
-        tl.store(dg_out + at, dg, mask=rows < count)
-    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
-    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+        tl.store(dg_out + (kb * tokens + start + rows) * H + head, dg, mask=rows < count)
 
 
 @triton.jit
@@ -342,6 +343,7 @@ def gradient_tile(
     g,
     do,
     total,
+    reach,
     h,
     dh,
     dq_out,
@@ -392,8 +394,8 @@ def gradient_tile(
         )  # fmt: skip
     else:
         head_tile(
-            v, do, q, k, g, h, dh, dq_out, dk_out, dg_out, start, head, kb, count, col, scale, tokens,
-            H, K, V, C, BK, BV, GATE, PRECISION,
+            v, do, q, k, g, total, reach, h, dh, dq_out, dk_out, dg_out, at, start, head, kb, count, col,
+            scale, tokens, H, K, V, C, BK, BV, GATE, PRECISION,
         )  # fmt: skip
 
 
@@ -452,7 +454,7 @@ def gradient_kernel(
                 if tl.load(reach + tile) < -2 * LIMIT:
                     pair = tile // NK
                     gradient_tile(
-                        tile % NK, pair % H, pair // H, q, k, v, g, do, total, h, dh,
+                        tile % NK, pair % H, pair // H, q, k, v, g, do, total, reach, h, dh,
                         dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
                         H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True, R,
                     )  # fmt: skip
@@ -463,7 +465,7 @@ def gradient_kernel(
             if lowest < -2 * LIMIT:
                 return
         gradient_tile(
-            kb, head, chunk, q, k, v, g, do, total, h, dh,
+            kb, head, chunk, q, k, v, g, do, total, reach, h, dh,
             dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
             H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False, R,
         )  # fmt: skip

@@ -13,16 +13,15 @@ from torch import Tensor
 from glabench.kernels import ahead, gla_tiles
 from glabench.kernels.arguments import check_bounds
 from glabench.kernels.gla_carry import carry_kernel
-from glabench.kernels.gla_configs import Launch, plan_for
+from glabench.kernels.gla_configs import Launch, Plan, plan_for
 from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
-from glabench.kernels.gla_scale import scale_kernel
+from glabench.kernels.gla_scale import scale_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
-CARRIED = (NONE, CHANNEL)  # carry_kernel takes FIXED as well; not checked on a GPU yet
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
 ROWS = 64  # tokens a tile: more take more registers than four warps have
 SEGMENT = 4096  # tokens: shorter segments cost more than they save
@@ -33,7 +32,8 @@ class Kept(NamedTuple):
     """What the backward pass takes from the forward.
 
     Chunk states [chunks, H, V, K]; for gates a channel also the chunks' log decays `totals` [chunks, H, K],
-    their least in each tile, `reach` [chunks, H, K blocks], and q and k [B, T, H, K] times their decays.
+    their least in each tile, `reach` [chunks, H, K blocks], and q and k [B, T, H, K] times their decays; for
+    gates a head, what sums_kernel makes of them, `totals` [chunks, H, 2, C] and `reach` [chunks, H, C].
     """
 
     states: Tensor | None
@@ -112,7 +112,7 @@ def _forward(
 
 def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
     """Whether one kernel carries the state and makes the output: it fits, and fills the device."""
-    if gate not in CARRIED or key_blocks(q, v, gate) > 2:
+    if key_blocks(q, v, gate) > 2:
         return False
     programs = carry_programs(q, v, gate, chunks, reverse=False)
     programs *= segments_of(programs, chunks, q.device)
@@ -132,9 +132,10 @@ def _carry_tile(q: Tensor, v: Tensor, gate: int, *, reverse: bool) -> Launch:
 def scaled(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks, *, scale: float, gate: int
 ) -> Kept:
-    """q and k times their decays, and the chunks' totals, for gates a channel; as they are, for others."""
+    """q and k, for gates a channel times their decays; and what the other kernels need to know of gates."""
     if gate != CHANNEL:
-        return Kept(None, None, None, q, k)
+        sums = _head_sums(g, chunks, _plan(q, v, gate)) if gate == HEAD else (None, None)
+        return Kept(None, *sums, q, k)
     T, H, K = q.shape[1:]
     blocks, dtype = key_blocks(q, v, gate), state_dtype(q.dtype)
     totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
@@ -149,6 +150,22 @@ def scaled(
             scale_kernel, blocks * H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale
         )
     return kept
+
+
+def _head_sums(g: Tensor, chunks: Chunks, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Launch sums_kernel: running sums of g [B, T, H], as float32 and as integers."""
+    T, H = g.shape[1:]
+    sums = g.new_empty(chunks.total, H, 2, plan.chunk, dtype=torch.float32)
+    fixed = g.new_empty(chunks.total, H, plan.chunk, dtype=torch.int32)
+    constants = {"H": H, "C": plan.chunk, "BH": heads_together(H), "PACKED": chunks.table is not None}
+    programs = -(-H // constants["BH"]) * chunks.total
+    launch(sums_kernel, programs, (g, sums, fixed, chunks.table), (T, chunks.each), constants, plan.scale)
+    return sums, fixed
+
+
+def heads_together(H: int) -> int:
+    """Heads a program of sums_kernel."""
+    return min(16, triton.next_power_of_2(H))
 
 
 def _empty_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:

@@ -6,16 +6,15 @@ import triton.language as tl
 from glabench.kernels.gla_tiles import (
     CHANNEL,
     FIXED,
+    HEAD,
     LIMIT,
     after,
     any_hard,
     before,
     chunk_bounds,
+    decayed,
     halved_scores,
-    head_after,
-    head_before,
-    head_between,
-    head_gates,
+    head_decays,
     load_channels,
     load_state,
     load_tile,
@@ -35,6 +34,7 @@ def output_tile(
     v,
     g,
     total,
+    reach,
     h,
     o,
     chunks,
@@ -83,14 +83,16 @@ def output_tile(
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
         if not HARD:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    if GATE != CHANNEL and GATE >= FIXED:
-        gates = head_gates(g, start, head, cols, count, H, GATE, C)
-        decay = head_after(gates, C) if REVERSE else head_before(gates, C)
-        out *= power2(decay)[:, None]
-        A *= head_between(gates, GATE, REVERSE, C)
-    A = tl.where(allowed, A * scale, 0.0)
-    if not REVERSE:
-        out *= scale
+    A = tl.where(allowed, A, 0.0)
+    to_out = 1.0 if REVERSE else scale
+    if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+        from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+        to_here = to_end if REVERSE else from_start
+        out *= (power2(to_here) * to_out)[:, None]
+        A = decayed(A, to_here, lost, reach, at, scale, GATE, REVERSE, C)
+    else:
+        out *= to_out
+        A *= scale
     value = load_tile(v + token * V, cols, count, H * V, vb * BV, V, BV).to(TYPE)
     out = tl.dot(A.to(value.dtype), value, out, input_precision=PRECISION)
     store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)
@@ -146,7 +148,7 @@ def output_kernel(
                 if any_hard(reach + pair * NK, NK, 64):
                     for vb in range(NV):
                         output_tile(
-                            vb, 0, pair % H, pair // H, q, k, v, g, total, h, o, chunks, scale, T, N,
+                            vb, 0, pair % H, pair // H, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
                             H, K, V, C, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True,
                         )  # fmt: skip
     else:
@@ -158,6 +160,6 @@ def output_kernel(
             if hard:
                 return
         output_tile(
-            vb, part, head, chunk, q, k, v, g, total, h, o, chunks, scale, T, N,
+            vb, part, head, chunk, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
             H, K, V, C, R, BK, BV, GATE, REVERSE, PACKED, PRECISION, False,
         )  # fmt: skip

@@ -1,9 +1,10 @@
-"""q and k times their decays, once for all later kernels: those run as if there were no gates (GLA §4.3)."""
+"""What all later kernels share, made once: q and k times their decays (GLA §4.3), or a head's decays."""
 
 import triton
 import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
+    FIXED_UNITS,
     LIMIT,
     LOG2E,
     after,
@@ -68,3 +69,40 @@ def scale_kernel(
         down = tl.where(hard, after(gates, C, PRECISION) - kept, down)
     store_tile(q_out + token, x * power2(up) * scale, rows, count, H * K, kb * BK, K, BK)
     store_tile(k_out + token, y * power2(down), rows, count, H * K, kb * BK, K, BK)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def sums_kernel(
+    g,
+    sums,
+    fixed,
+    chunks,
+    T,
+    N,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    BH: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Running sums of one chunk's gates, for BH heads with one gate a token each, in base 2.
+
+    Math:   sums [chunks, H, 2, C]: log decay through each token, and from after it to the chunk's end.
+            fixed [chunks, H, C]: the former as integers of C / FIXED_UNITS, whose differences are exact
+            where those of float32 would lose a small gate beside a large one.
+    Grid:   H / BH, chunks, the first fastest.
+    HBM:    reads g once; writes 12 bytes a token and head.
+    Stable: float64. Gates below 2^-256 are taken as that, which is 0 in float32, as is all beyond them.
+    """
+    pid = tl.program_id(0)
+    NH: tl.constexpr = (H + BH - 1) // BH
+    hb, chunk = pid % NH, (pid // NH).to(tl.int64)
+    start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
+    rows, heads = tl.arange(0, C)[:, None], hb * BH + tl.arange(0, BH)[None, :]
+    gates = tl.load(g + (start + rows) * H + heads, mask=(rows < count) & (heads < H), other=0.0)
+    gates = tl.maximum(gates.to(tl.float64) * LOG2E, -256.0)
+    before = tl.cumsum(gates, 0)
+    after = tl.sum(gates, 0)[None, :] - before
+    at = (chunk * H + heads) * C
+    tl.store(sums + 2 * at + rows, before.to(tl.float32), mask=heads < H)
+    tl.store(sums + 2 * at + C + rows, after.to(tl.float32), mask=heads < H)
+    tl.store(fixed + at + rows, tl.floor(before * (FIXED_UNITS / C) + 0.5).to(tl.int32), mask=heads < H)

@@ -5,11 +5,8 @@ import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
     CHANNEL,
-    LOG2E,
     NONE,
-    head_after,
-    head_before,
-    head_gates,
+    head_decays,
     kept_share,
     load_tile,
     next_state,
@@ -110,12 +107,10 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
             if KEEP:
                 store_state(h + at * K * V, S, vb * BV, kb * BK, V, K, BV, BK)
             if GATE != NONE:
-                gates = head_gates(g, start, head, rows, count, H, GATE, C)
-                lost_here = tl.sum(gates.to(tl.float32), 0) * LOG2E
+                from_start, to_end, lost_here = head_decays(g, total, at, head, rows, count, GATE, C)
                 S = S * power2(lost_here)
                 decayed += lost_here
-                decay = head_before(gates, C) if REVERSE else head_after(gates, C)
-                tile = (tile * power2(decay)[:, None]).to(tile.dtype)
+                tile = (tile * power2(from_start if REVERSE else to_end)[:, None]).to(tile.dtype)
             if REVERSE:
                 S += scale * tl.dot(tl.trans(value), tile, input_precision=PRECISION)
             else:

@@ -13,6 +13,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(8)  # halvings of a chunk of up to 128 tokens, and the diagonal
+FIXED_UNITS = tl.constexpr(
+    2.0**23
+)  # to 1, times the chunk's length: a chunk's sum of limited gates fits in 32 bits
 LIMIT = tl.constexpr(60.0)  # operands stay in 2 ** +-60: far from float32's 2 ** +-126, in bf16 as well
 
 NONE = tl.constexpr(0)  # no gate
@@ -211,43 +214,31 @@ def halved_scores(rows, cols, g, C: tl.constexpr, REVERSE: tl.constexpr, PRECISI
 
 
 @triton.jit
-def head_gates(g, start, h, rows, count, H, GATE: tl.constexpr, C: tl.constexpr):
-    """A head's log gates [C], 0 past the chunk's tokens, of which `start` is the first."""
+def head_decays(g, sums, at, head, rows, count, GATE: tl.constexpr, C: tl.constexpr):
+    """Log decays of a head's chunk `at`, base 2: through each token, from after it to the end [C], of all."""
     if GATE == HEAD:
-        return tl.load(g + (start + rows) * H + h, mask=rows < count, other=0.0)
-    return tl.where(rows < count, tl.load(g + h), 0.0)
+        sums += at * 2 * C
+        return tl.load(sums + rows), tl.load(sums + C + rows), tl.load(sums + C - 1)
+    rate = tl.load(g + head) * LOG2E
+    return (rows + 1) * rate, (count - 1 - rows) * rate, count * rate
 
 
 @triton.jit
-def head_before(gates, C: tl.constexpr):
-    """[C] log decay from the chunk's start through each token, base 2, summed row by row: no scan."""
-    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.sum(tl.where(s <= i, gates.to(tl.float32)[None, :], 0.0), 1) * LOG2E
+def decayed(A, to_row, lost, fixed, at, factor, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
+    """A [C, C], rows queries and columns keys, times the decay between them and `factor`.
 
-
-@triton.jit
-def head_after(gates, C: tl.constexpr):
-    """[C] log decay from after each token to the chunk's end, base 2."""
-    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.sum(tl.where(s > i, gates.to(tl.float32)[None, :], 0.0), 1) * LOG2E
-
-
-@triton.jit
-def head_between(gates, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
-    """[C, C] decay from after token j through token i, 0 above the diagonal; transposed if MIRROR.
-
-    The sums are a product of two masks with the gates between them: the difference of two running
-    sums would lose a small gate beside a large one.
+    The other way round if MIRROR. `to_row` is what head_decays says of the row: from the chunk's start, or to
+    its end if MIRROR. Rows and columns have a factor each, but where the chunk loses more than 2 ** LIMIT:
+    there it is the power of each difference, taken in integers. Beyond the diagonal all is finite.
     """
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    allowed = i <= j if MIRROR else i >= j
-    if GATE == FIXED:
-        apart = tl.where(i <= j, j - i, i - j).to(tl.float32)
-        reach = apart * tl.min(gates, 0)
-    elif MIRROR:
-        left = tl.where(j > i, gates[None, :], 0.0).to(gates.dtype)
-        reach = tl.dot(left, tl.where(i <= j, 1.0, 0.0).to(gates.dtype), input_precision="tf32x3")
+    hard = lost < -LIMIT if GATE == HEAD else False
+    if hard:
+        rows = tl.arange(0, C)
+        fixed += at * C
+        here, there = tl.load(fixed + rows)[:, None], tl.load(fixed + rows)[None, :]
+        apart = there - here if MIRROR else here - there
+        A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS)) * factor
     else:
-        left = tl.where(j <= i, gates[None, :], 0.0).to(gates.dtype)
-        reach = tl.dot(left, tl.where(i > j, 1.0, 0.0).to(gates.dtype), input_precision="tf32x3")
-    return power2(tl.where(allowed, reach * LOG2E, float("-inf")))
+        A *= (power2(to_row) * factor)[:, None]
+        A *= power2(-to_row)[None, :]
+    return A

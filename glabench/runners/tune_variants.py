@@ -92,8 +92,7 @@ def exists(use: str, point: Point, plan: Plan) -> bool:
     if use == "scale":
         return point.gate == GATES["gla_chunk"]
     if use.startswith("carry"):
-        blocks = -(-point.d_k // plan.BK)
-        return point.gate in (GATES["linear_attention_chunk"], GATES["gla_chunk"]) and blocks <= 2
+        return -(-point.d_k // plan.BK) <= 2
     return True
 
 
