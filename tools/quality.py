@@ -101,6 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", default="2k..24k", help="of `evaluate`: ends of buckets of 2k positions")
     parser.add_argument("--tasks-from", type=Path, help="folder of TASK.jsonl; without it no lm-eval")
     parser.add_argument("--tasks", default="paper,recall-like")
+    parser.add_argument("--eval-batch", type=int, default=128, help="requests in a forward pass of lm-eval")
     parser.add_argument("--docs", type=int, help="books, and documents a task, at most; for trying out")
     parser.add_argument("--jobs", type=int, default=1, help="runs a GPU at a time")
     parser.add_argument("--limit", type=float, default=540, help="seconds a run")
@@ -239,6 +240,7 @@ def verbs(site: Site) -> dict[str, list[str]]:
     asked["extrapolate"] += ["--docs", str(args.docs)] if args.docs else []
     if args.tasks_from:
         asked["lm-eval"] = ["--tasks", args.tasks, "--tasks-from", str(args.tasks_from), *own]
+        asked["lm-eval"] += [] if args.device == "cpu" else ["--batch", str(args.eval_batch)]
         asked["lm-eval"] += ["--limit", str(args.docs)] if args.docs else []
     return asked
 
