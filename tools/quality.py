@@ -301,6 +301,8 @@ def scores(site: Site) -> list[str]:
         end = f"{int(row['bucket']) * int(row['bucket_tokens']) // 1024}k"
         lines.setdefault((row["impl"], row["protocol"]), {})[end] = row["ppl"][:6] or row["status"]
     for row in _table(site.evaluation / "lm-eval" / "lm-eval.csv"):
+        if row["status"] == "unavailable":
+            continue  # no such file in --tasks-from
         metric = row["metric"] or row["status"]
         lines.setdefault((row["checkpoint"], row["task"]), {})[metric] = (
             row["value"][:6] or row["reason"][:60]
