@@ -45,30 +45,14 @@ class RowFile:
             ) from err
 
     def _repair(self) -> None:
-        data = self.path.read_bytes()
-        if not data or data.endswith(b"\n"):
-            return
-        keep = data.rfind(b"\n") + 1
-        with self.path.open("r+b") as file:
-            file.truncate(keep)
-        self.repaired = data[keep:].decode("utf-8", "replace")[:80]
+        torn = cut_torn_line(self.path)
+        self.repaired = torn[:80] if torn else None
 
     def append(self, *rows: Row) -> None:
         """Write the rows of one cell, all or none. Raises ResultsError when the disk does not take them."""
         lines = "".join(to_line(row) for row in rows)
         try:
-            # unbuffered: a buffer that failed to flush would be written again, later, by close()
-            with self.path.open("ab", buffering=0) as file, _locked(file):
-                start = file.seek(0, os.SEEK_END)
-                header = ",".join(columns(self.row_type)) + "\n" if start == 0 else ""
-                data = (header + lines).encode()
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, start)  # no half line stays behind
-                    raise
+            append_whole(self.path, lines.encode(), header=f"{','.join(columns(self.row_type))}\n".encode())
         except OSError as err:
             raise ResultsError(
                 f"cannot write {self.path.name}: {err.strerror}; the rows before it are safe",
@@ -100,6 +84,34 @@ class RowFile:
         if self.repaired is None:
             return None
         return f"{self.path.name}: cut a torn last line ({self.repaired!r}); its {unit} runs again"
+
+
+def cut_torn_line(path: Path) -> str:
+    """Cut a last line without an end, and return it; a line that another process is writing is not torn."""
+    with path.open("r+b") as file, _locked(file):
+        data = file.read()
+        keep = data.rfind(b"\n") + 1
+        if keep < len(data):
+            file.truncate(keep)
+    return data[keep:].decode("utf-8", "replace")
+
+
+def append_whole(path: Path, data: bytes, header: bytes = b"") -> None:
+    """Write whole lines and make them durable, alone with the file; `header` goes into an empty one.
+
+    Raises OSError; no half line stays behind.
+    """
+    # unbuffered: a buffer that failed to flush would be written again, later, by close()
+    with path.open("ab", buffering=0) as file, _locked(file):
+        start = file.seek(0, os.SEEK_END)
+        data = data if start else header + data
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, start)
+            raise
 
 
 @contextmanager
@@ -145,10 +157,9 @@ def folders_with(folder: Path, *names: str) -> list[Path]:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """One JSON line, flushed: the raw samples beside the rows."""
+    """One JSON line, flushed: the raw samples beside the rows. Several processes may append."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_whole(path, json.dumps(record).encode() + b"\n")
     except OSError as err:
         raise ResultsError(
             f"cannot write {path.name}: {err.strerror}", where=str(path), fix="make room, then --resume"

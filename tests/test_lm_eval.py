@@ -89,6 +89,12 @@ def test_a_context_that_does_not_fit_the_window_is_the_harness_own(checkpoints, 
     assert 0 < ours.shared < len(asked)
 
 
+def test_an_answer_longer_than_the_window_is_said_to_be_so(checkpoints, scratch):
+    ours, _ = calls.lms(checkpoints["gla"], max_length=8)
+    with pytest.raises(harness.WindowError, match="longer than the window of 8"):
+        ours.loglikelihood(_instances(calls.local_task("arc_easy", scratch)))
+
+
 @pytest.mark.parametrize("name", ["piqa", "wikitext", "fda"])
 def test_padding_does_not_change_an_answer(name, checkpoints, scratch):
     for kind in MODELS:

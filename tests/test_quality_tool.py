@@ -1,7 +1,9 @@
 """tools/quality.py: the runs it plans are runs that `glabench train` takes, at the rate that tuning found."""
 
+import csv
 import importlib.util
 import json
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -17,12 +19,14 @@ HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
 
 @pytest.fixture(scope="module")
 def quality():
+    sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("quality", ROOT / "tools" / "quality.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["quality"] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["quality"]
+    sys.path.remove(str(ROOT / "tools"))
+    del sys.modules["quality"], sys.modules["quality_site"]
 
 
 @pytest.fixture
@@ -30,6 +34,17 @@ def site(quality, tmp_path, monkeypatch):
     words = ["quality.py", "all", "--site", str(tmp_path / "site"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
     return quality.Site(quality.arguments())
+
+
+def checkpoint(site, name, step):
+    folder = site.runs / name / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def asked_of(work):
+    """The checkpoints that a command names."""
+    return [Path(b).name for a, b in zip(work.words, work.words[1:], strict=False) if a == "--ckpt"]
 
 
 def trained(quality, site, name, model, lr, valid):
@@ -44,7 +59,7 @@ def trained(quality, site, name, model, lr, valid):
 
 
 def test_every_planned_run_is_one_that_train_takes(quality, site, tmp_path):
-    planned = [job for step in quality.STEPS[1:] for job in quality.jobs(site, step)]
+    planned = [job for step in quality.STEPS[1:-1] for job in quality.jobs(site, step)]
     assert len({job.name for job in planned}) == len(planned) == 12 + 4 + 1 + 12
     for job in planned:
         path = tmp_path / "c.toml"
@@ -78,8 +93,7 @@ def test_a_run_is_finished_when_its_last_step_was_evaluated(quality, site):
 
 def test_what_is_packed_has_the_curves_and_no_weights(quality, site):
     trained(quality, site, "main-gla", "gla-30m", 1e-3, 3.5)
-    kept = site.runs / "main-gla" / "checkpoints" / "step-00000002"
-    kept.mkdir(parents=True)
+    kept = checkpoint(site, "main-gla", 2)
     (kept / "model.safetensors").write_bytes(b"x")
     for weights in (False, True):
         site.args.weights = weights
@@ -87,5 +101,50 @@ def test_what_is_packed_has_the_curves_and_no_weights(quality, site):
         with tarfile.open(site.args.out / "quality.tar.gz") as tar:
             names = tar.getnames()
         assert {"summary.csv", "runs/main-gla/metrics.csv", "runs/main-gla/train.json"} <= set(names)
-        assert ("runs/main-gla/step-00000002/model.safetensors" in names) == weights
+        assert ("runs/main-gla/checkpoints/step-00000002/model.safetensors" in names) == weights
     assert "main-gla,gla-30m,0,0.001,2,2,20,3.5,4.50000,5" in (site.args.site / "summary.csv").read_text()
+
+
+def test_evaluation_shares_the_checkpoints_out_and_leaves_what_went_through(quality, site, tmp_path):
+    for name in ("main-gla", "main-mamba", "tbptt-gla-12x2048", "tune-gla-1e-3", "ablation-gla-s0"):
+        checkpoint(site, name, 2)
+    (site.runs / "main-retnet").mkdir()  # no checkpoint yet
+    assert [w.words[0] for w in quality.evaluations(site)] == ["extrapolate"]  # no tasks, no lm-eval
+    site.args.tasks_from, site.workers = tmp_path, [None, None]
+    found = quality.evaluations(site)
+    assert [(w.words[0], asked_of(w)) for w in found] == [
+        ("extrapolate", ["main-gla", "tbptt-gla-12x2048"]),
+        ("extrapolate", ["main-mamba"]),
+        ("lm-eval", ["main-gla"]),
+        ("lm-eval", ["main-mamba"]),
+    ]
+    found[0].when_done()
+    assert [asked_of(w) for w in quality.evaluations(site)] == [["main-mamba"], ["main-gla"], ["main-mamba"]]
+    checkpoint(site, "main-gla", 4)  # trained on: it is another checkpoint now
+    assert "main-gla" in asked_of(quality.evaluations(site)[0])
+    site.args.lengths = "2k..8k"  # asked for something else
+    assert sum(len(asked_of(w)) for w in quality.evaluations(site) if w.words[0] == "extrapolate") == 3
+
+
+def test_evaluation_scores_a_run_of_glabench_train(quality, site, tmp_path, monkeypatch):
+    """The whole step on a checkpoint of one training step, its tokens prepared beforehand."""
+    text, texts = tmp_path / "text", tmp_path / "books"
+    for folder, number in ((text, 2), (texts, 1)):
+        folder.mkdir()
+        for n in range(number):
+            (folder / f"{n}.txt").write_text("The cat sat on the mat, and said nothing of it. " * 120)
+    run = ["-m", "glabench", "data", "prepare", str(text), "--out", str(tmp_path / "data")]
+    subprocess.run([sys.executable, *run, "--tokenizer", "bytes"], check=True, capture_output=True)
+    words = ["quality.py", "main", "evaluate", "--site", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
+    words += ["--data", str(tmp_path / "data"), "--families", "gla", "--size", "tiny", "--device", "cpu"]
+    words += ["--seqlen", "64", "--batch-tokens", "64", "--micro-batch", "1", "--tokens", "128"]
+    monkeypatch.setattr(sys, "argv", [*words, "--books", str(texts), "--lengths", "2k,4k"])
+    quality.main()
+    with tarfile.open(tmp_path / "out" / "quality.tar.gz") as tar:
+        lines = tar.extractfile("evaluation/extrapolate/extrapolate.csv").read().decode().splitlines()
+        assert "figures/evaluation/index.html" in tar.getnames()
+    rows = list(csv.DictReader(lines))
+    assert [(r["impl"], r["bucket"], r["status"]) for r in rows] == [
+        ("main-gla", "1", "ok"),
+        ("main-gla", "2", "ok"),
+    ]

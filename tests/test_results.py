@@ -1,11 +1,13 @@
 """Rows and their file: what is written survives, what is broken is named, nothing is lost."""
 
 import csv
+import fcntl
 import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -222,6 +224,28 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_written(tmp_path):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert path.read_bytes() == before
+
+
+def test_a_line_that_another_process_is_writing_is_not_torn(tmp_path):
+    path = tmp_path / "rows.csv"
+    RowFile(path, SpeedRow).append(row(case="first", time_ms=1.0))
+    line = to_line(row(case="second", time_ms=2.0)).encode()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with path.open("ab", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(line[:20])
+                os.write(write, b"x")
+                time.sleep(0.3)  # the other process meets half a line here, unless it waits
+                file.write(line[20:])
+        finally:
+            os._exit(0)
+    os.read(read, 1)
+    again = RowFile(path, SpeedRow)
+    os.waitpid(child, 0)
+    assert again.repaired is None and [r["case"] for r in again.rows] == ["first", "second"]
 
 
 def test_write_whole_replaces_in_one_step(tmp_path):

@@ -1,39 +1,41 @@
-"""Train the small models of the paper's quality claims, within time limits; what is cut off goes on.
+"""Train and evaluate the small models of the paper's quality claims; what a time limit cuts off goes on.
 
-    tools/quality.py STEP... --corpus FOLDER     STEP: data tune main tbptt ablations all
+    tools/quality.py STEP... --corpus FOLDER     STEP: data tune main tbptt ablations evaluate all
 
 data       text -> tokens; files named valid* are the validation split, else 1% of the documents
 tune       every family for --tune-tokens at each of --rates
 main       the families for --tokens at the rate of --lr, or the one that `tune` found best
 tbptt      GLA on sequences of --segments segments, the state carried over and the gradient not
 ablations  Table 4: GLA, its gates and its heads, with --seeds seeds each
+evaluate   the last checkpoints of main and tbptt by `glabench extrapolate` on the documents of --books, and
+           those of main by `glabench lm-eval` on the files of --tasks-from
 
-One run a GPU at a time, all GPUs at once. A run that meets --limit, or --total for everything, saves a
-checkpoint and goes on with the next call that has the same --site. Curves, settings and a summary are packed
-into OUT/quality.tar.gz whatever happens; weights only with --weights.
+--jobs runs a GPU at a time, all GPUs at once. A run that meets --limit, or --total for everything, saves a
+checkpoint and goes on with the next call that has the same --site. Curves, settings, rows and a summary are
+packed into OUT/quality.tar.gz whatever happens; weights only with --weights.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import os
-import queue
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from quality_site import Site, Work, say
+
 FAMILIES = ("gla", "retnet", "mamba", "transformer")
 ABLATIONS = ("", "-no-gate", "-fixed-decay", "-scalar-gate", "-1-head", "-8-heads")
-STEPS = ("data", "tune", "main", "tbptt", "ablations")
+STEPS = ("data", "tune", "main", "tbptt", "ablations", "evaluate")
 RATE = 1e-3  # where neither --lr nor `tune` says another
 KEPT = ("metrics.csv", "train.json")
-GRACE_S = 45.0  # from the notice to the checkpoint on disk
+WEIGHTS = ("model.safetensors", "config.json", "state.json")  # with them the folder is a checkpoint
+EVALUATED = {"extrapolate": ("main-", "tbptt-"), "lm-eval": ("main-",)}  # verb -> the runs it is for
 SUMMARY = (
     "run",
     "model",
@@ -62,11 +64,6 @@ class Job:
         return "\n".join([*lines, *(f"{k} = {json.dumps(v)}" for k, v in self.train.items())]) + "\n"
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"[{time.strftime('%H:%M:%S')}] {text}\n")
-    sys.stdout.flush()
-
-
 def size(text: str) -> int:
     """ "300m" -> 300,000,000."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
@@ -79,12 +76,15 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("steps", nargs="+", choices=(*STEPS, "all"))
     parser.add_argument("--corpus", type=Path, help="folder of text, for `data`")
+    parser.add_argument(
+        "--data", type=Path, help="folder that `glabench data prepare` made: no --corpus then"
+    )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument(
         "--site", type=Path, default=Path.home() / "quality", help="where runs live between calls"
     )
     parser.add_argument("--size", default="30m")
-    parser.add_argument("--tokenizer", default="mistral")
+    parser.add_argument("--tokenizer", default="mistral", help="mistral, bytes or a file")
     parser.add_argument("--tokens", type=size, default=size("300m"))
     parser.add_argument("--tune-tokens", type=size, default=size("40m"))
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3")
@@ -95,57 +95,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=64 * 2048)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument(
+        "--books", type=Path, help="long documents, for `evaluate`; default the shipped sample"
+    )
+    parser.add_argument("--lengths", default="2k..24k", help="of `evaluate`: ends of buckets of 2k positions")
+    parser.add_argument("--tasks-from", type=Path, help="folder of TASK.jsonl; without it no lm-eval")
+    parser.add_argument("--tasks", default="paper,recall-like")
+    parser.add_argument("--eval-batch", type=int, default=128, help="requests in a forward pass of lm-eval")
+    parser.add_argument("--docs", type=int, help="books, and documents a task, at most; for trying out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs a GPU at a time")
     parser.add_argument("--limit", type=float, default=540, help="seconds a run")
-    parser.add_argument("--total", type=float, default=570, help="seconds of this call, packing apart")
+    parser.add_argument("--total", type=float, default=560, help="seconds of this call, packing apart")
+    parser.add_argument("--reserve", type=float, default=0, help="of them, kept from training for `evaluate`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plain", action="store_true", help="without Liger-Kernel's fused operations")
     parser.add_argument("--weights", action="store_true", help="pack the last checkpoints' weights too")
     return parser.parse_args()
-
-
-class Site:
-    """Runs and their logs below one folder, and the clock of this call."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.begun = args, time.monotonic()
-        self.data, self.runs, self.logs = (args.site / name for name in ("data", "runs", "logs"))
-        for folder in (args.out, self.runs, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.gpus = self._gpus()
-        self.fused = bool(self.gpus) and not args.plain
-
-    def _gpus(self) -> list[str]:
-        """Indices, one worker each; none on a CPU."""
-        if self.args.device == "cpu" or not shutil.which("nvidia-smi"):
-            return []
-        listed = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, check=False).stdout
-        return [str(n) for n in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
-
-    def left_s(self) -> float:
-        return self.args.total - (time.monotonic() - self.begun)
-
-    def command(self, log: str, limit_s: float, *words: str, gpu: str | None = None) -> str:
-        """Run glabench; "done", "cut" where the time ran out, or "failed"."""
-        limit_s = min(limit_s, self.left_s() - GRACE_S)
-        if limit_s <= 0:
-            return "cut"
-        root = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_AUTOTUNING": "1"}
-        env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        with (self.logs / f"{log}.log").open("a") as file:
-            command = (sys.executable, "-m", "glabench", *words)
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-            try:
-                return "done" if process.wait(limit_s) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # training ends its step and saves
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return "cut"
 
 
 # --- the steps --------------------------------------------------------------------------------------------
@@ -154,10 +119,10 @@ class Site:
 def prepare(site: Site) -> bool:
     """Tokens from the corpus; files named valid* apart. Idempotent, and cut off it goes on."""
     corpus = site.args.corpus
-    if corpus is None:
+    if corpus is None or site.args.data:
         if (site.data / "manifest.json").exists():
             return True
-        raise SystemExit("no data yet: name the folder of text with --corpus")
+        raise SystemExit(f"no data in {site.data}: name text with --corpus, or prepared tokens with --data")
     text = {part: site.args.site / "text" / part for part in ("train", "valid")}
     for path in sorted(p for p in corpus.iterdir() if p.is_file()):
         part = "valid" if path.name.startswith("valid") else "train"
@@ -231,35 +196,12 @@ def jobs(site: Site, step: str) -> list[Job]:
     ]
 
 
-def train_all(site: Site, found: list[Job]) -> None:
-    """A thread a GPU takes the next run until none is left or the time is over."""
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in found:
-        waiting.put(job)
-
-    def work(gpu: str | None) -> None:
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            if finished(site, job):
-                continue
-            path = site.args.site / f"{job.name}.toml"
-            path.write_text(job.toml(), encoding="utf-8")
-            device = site.args.device if gpu is None else "cuda"
-            words = ("train", str(path), "--data", str(site.data), "--out", str(site.runs / job.name))
-            begun = time.monotonic()
-            ended = site.command(
-                job.name, site.args.limit, *words, "--seed", str(job.seed), "--device", device, gpu=gpu
-            )
-            say(f"{job.name}: {ended} after {time.monotonic() - begun:.0f} s{_last_words(site, job, ended)}")
-
-    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in site.gpus or [None]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def training(site: Site, job: Job) -> Work:
+    """The run as a command, its settings in a file of its own."""
+    path = site.args.site / f"{job.name}.toml"
+    path.write_text(job.toml(), encoding="utf-8")
+    words = ("train", str(path), "--data", str(site.data), "--out", str(site.runs / job.name))
+    return Work(job.name, (*words, "--seed", str(job.seed)), lambda: finished(site, job))
 
 
 def finished(site: Site, job: Job) -> bool:
@@ -267,19 +209,67 @@ def finished(site: Site, job: Job) -> bool:
     return bool(rows) and int(rows[-1]["step"]) == job.train["steps"] and bool(rows[-1]["valid_loss"])
 
 
-def _last_words(site: Site, job: Job, ended: str) -> str:
-    if ended != "failed":
-        return ""
-    lines = (site.logs / f"{job.name}.log").read_text(errors="replace").strip().splitlines()
-    return f": {lines[-1]}" if lines else ""
+def evaluations(site: Site) -> list[Work]:
+    """A command a verb and worker, over the checkpoints that it has not been through."""
+    found = []
+    for verb, words in verbs(site).items():
+        waiting = [
+            (run, mark) for run in checkpoints(site, verb) if not (mark := _mark(site, verb, run)).exists()
+        ]
+        for part in filter(None, (waiting[n :: len(site.workers)] for n in range(len(site.workers)))):
+            first, *more = (run.name for run, _ in part)
+            named = [word for run, _ in part for word in ("--ckpt", str(run))]
+            found.append(
+                Work(
+                    f"{verb}-{first}{f'+{len(more)}' if more else ''}",
+                    (verb, *named, *words, "--out", str(site.evaluation / verb), "--resume"),
+                    is_done=lambda: False,
+                    when_done=lambda part=part: [mark.touch() for _, mark in part],
+                    grace_s=2.0,
+                )
+            )
+    return found
+
+
+def verbs(site: Site) -> dict[str, list[str]]:
+    """Each verb of `evaluate` with what it is asked, checkpoints apart."""
+    args = site.args
+    own = ["--tokenizer", args.tokenizer] if Path(args.tokenizer).is_file() else []
+    asked = {"extrapolate": ["--lengths", args.lengths, *own]}
+    asked["extrapolate"] += ["--data", str(args.books)] if args.books else []
+    asked["extrapolate"] += ["--docs", str(args.docs)] if args.docs else []
+    if args.tasks_from:
+        asked["lm-eval"] = ["--tasks", args.tasks, "--tasks-from", str(args.tasks_from), *own]
+        asked["lm-eval"] += [] if args.device == "cpu" else ["--batch", str(args.eval_batch)]
+        asked["lm-eval"] += ["--limit", str(args.docs)] if args.docs else []
+    return asked
+
+
+def checkpoints(site: Site, verb: str) -> list[Path]:
+    """Runs with a checkpoint, of those that the verb is for."""
+    runs = (run for run in sorted(site.runs.iterdir()) if run.name.startswith(EVALUATED[verb]))
+    return [run for run in runs if _newest(run)]
+
+
+def _newest(run: Path) -> str:
+    return max((path.name for path in run.glob("checkpoints/step-*")), default="")
+
+
+def _mark(site: Site, verb: str, run: Path) -> Path:
+    """A file that says: this checkpoint went through this command."""
+    asked = hashlib.sha256(" ".join(verbs(site)[verb]).encode()).hexdigest()[:8]
+    return site.evaluation / f".{verb}-{run.name}-{_newest(run)}-{asked}"
 
 
 # --- what comes back --------------------------------------------------------------------------------------
 
 
 def _rows(run: Path) -> list[dict[str, str]]:
-    """Whole lines of metrics.csv."""
-    path = run / "metrics.csv"
+    return _table(run / "metrics.csv")
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    """Whole lines of a CSV."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -304,8 +294,27 @@ def summary(site: Site) -> list[dict[str, str]]:
     return found
 
 
+def scores(site: Site) -> list[str]:
+    """A line a model and protocol with its perplexities, and a line a model and task with its scores."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in _table(site.evaluation / "extrapolate" / "extrapolate.csv"):
+        end = f"{int(row['bucket']) * int(row['bucket_tokens']) // 1024}k"
+        lines.setdefault((row["impl"], row["protocol"]), {})[end] = row["ppl"][:6] or row["status"]
+    for row in _table(site.evaluation / "lm-eval" / "lm-eval.csv"):
+        if row["status"] == "unavailable":
+            continue  # no such file in --tasks-from
+        metric = row["metric"] or row["status"]
+        lines.setdefault((row["checkpoint"], row["task"]), {})[metric] = (
+            row["value"][:6] or row["reason"][:60]
+        )
+    return [
+        f"{name:<24} {what:<16} " + " ".join(f"{k} {v}" for k, v in found.items())
+        for (name, what), found in lines.items()
+    ]
+
+
 def pack(site: Site) -> None:
-    """OUT/quality.tar.gz: summary, curves and their figure, settings, logs; weights where asked."""
+    """OUT/quality.tar.gz: summary, curves, rows, their figures, settings, logs; weights where asked."""
     rows = summary(site)
     with (site.args.site / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, SUMMARY, lineterminator="\n")
@@ -314,33 +323,49 @@ def pack(site: Site) -> None:
     for row in rows:
         done = f"step {row['steps']}/{row['of_steps']}"
         say(f"{row['run']:<32} {done:<16} valid {row['valid_loss'][:7]:<7} lr {row['lr']}")
+    for line in scores(site):
+        say(line)
     figures = site.args.site / "figures"
-    if rows:
-        report = (sys.executable, "-m", "glabench", "report", str(site.runs), "--out", str(figures))
-        subprocess.run(report, check=False, capture_output=True, timeout=60)
+    for folder in (site.runs, site.evaluation):
+        command = (sys.executable, "-m", "glabench", "report", str(folder))
+        command += ("--out", str(figures / folder.name))
+        subprocess.run(command, check=False, capture_output=True, timeout=60)
+    kept = (site.args.site / "summary.csv", figures, site.logs, site.evaluation)
     with tarfile.open(site.args.out / "quality.tar.gz", "w:gz") as tar:
-        for path in (site.args.site / "summary.csv", figures, site.logs, *site.args.site.glob("*.toml")):
+        for path in (*kept, *site.args.site.glob("*.toml")):
             if path.exists():
                 tar.add(path, path.name)
         for run in sorted(site.runs.iterdir()):
-            for name in KEPT:
-                if (run / name).exists():
-                    tar.add(run / name, f"runs/{run.name}/{name}")
-            for path in sorted((run / "checkpoints").glob("*/*")) if site.args.weights else ():
-                if path.name in ("model.safetensors", "config.json"):
-                    tar.add(path, f"runs/{run.name}/{path.parent.name}/{path.name}")
+            for path in _files(run, weights=site.args.weights):
+                tar.add(path, f"runs/{path.relative_to(site.runs)}")
+
+
+def _files(run: Path, *, weights: bool) -> list[Path]:
+    """What is kept of a run."""
+    found = [run / name for name in KEPT]
+    if weights:
+        found += [path for name in WEIGHTS for path in sorted(run.glob(f"checkpoints/*/{name}"))]
+    return [path for path in found if path.exists()]
+
+
+def run(site: Site, step: str) -> None:
+    """One step, all its runs."""
+    is_last = step == "evaluate"
+    found = evaluations(site) if is_last else [training(site, job) for job in jobs(site, step)]
+    say(f"{step}: {len(found)} runs, {len(site.workers)} at a time, {site.left_s():.0f} s left")
+    site.run_all(found)
 
 
 def main() -> None:
     args = arguments()
     site = Site(args)
+    asked = [step for step in STEPS if step in args.steps or "all" in args.steps]
     try:
-        ready = prepare(site)
-        for step in STEPS[1:] if ready else ():
-            if step in args.steps or "all" in args.steps:
-                found = jobs(site, step)
-                say(f"{step}: {len(found)} runs on {len(site.gpus) or 'no'} GPUs, {site.left_s():.0f} s left")
-                train_all(site, found)
+        if asked == ["evaluate"] or prepare(site):
+            for step in asked:
+                site.kept_s = args.reserve if "evaluate" in asked and step != "evaluate" else 0.0
+                if step != "data":
+                    run(site, step)
     finally:
         pack(site)
 

@@ -15,7 +15,7 @@ from glabench.installed import is_installed
 END_OF_BYTES = 256  # after the 256 byte values
 END_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
 MISTRAL_FILE = "tokenizer.model.v1"  # the first Mistral release: 32,000 entries, as the paper's models have
-EXTRA = "pip install 'glabench[train]', or use --tokenizer bytes"
+EXTRA = "pip install 'glabench[train]', or name another with --tokenizer: bytes, or a file"
 
 
 @dataclass(frozen=True, slots=True)

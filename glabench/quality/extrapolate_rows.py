@@ -1,13 +1,13 @@
 """Rows of `glabench extrapolate`, and the losses of single documents that they are made from."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from glabench.errors import ResultsError
+from glabench.results import append_whole, cut_torn_line
 from glabench.rows import Row
 
 VERB, FILE, DOCUMENTS = "extrapolate", "extrapolate.csv", "documents.jsonl"
@@ -70,13 +70,10 @@ class DocumentFile:
 
     def _read(self) -> None:
         try:
-            data = self.path.read_bytes()
-            keep = data.rfind(b"\n") + 1
-            if keep < len(data):
-                self.repaired = data[keep:].decode("utf-8", "replace")[:80]
-                with self.path.open("r+b") as file:
-                    file.truncate(keep)
-            self.records = [json.loads(line) for line in data[:keep].splitlines()]
+            self.repaired = cut_torn_line(self.path)[:80]
+            whole = self.path.read_bytes()
+            lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # another process may be writing one
+            self.records = [json.loads(line) for line in lines]
             for record in self.records:
                 if not {"key", "replicate", "nats"} <= record.keys():
                     raise ValueError("a line is another program's")
@@ -95,15 +92,7 @@ class DocumentFile:
         """Write one record and make it durable. Raises: ResultsError; no half line stays behind."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
-            with self.path.open("ab", buffering=0) as file:
-                start = file.seek(0, os.SEEK_END)
-                try:
-                    while line:
-                        line = line[file.write(line) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, start)
-                    raise
+            append_whole(self.path, line)
         except OSError as err:
             raise ResultsError(
                 f"cannot write {self.path.name}: {err.strerror}; the lines before it are safe",

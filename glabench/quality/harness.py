@@ -39,6 +39,10 @@ class NotFiniteError(GlabenchError):
     """A model that answers with NaN or infinity."""
 
 
+class WindowError(GlabenchError):
+    """A request that the model's window does not hold; the harness would only fail an assertion."""
+
+
 class PlainLM(HFLM):
     """The harness's own model class over a loaded checkpoint; counts the seconds it answers in."""
 
@@ -80,6 +84,13 @@ class PlainLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise WindowError(
+                f"an answer of {longest:,} tokens is longer than the window of {self.max_length:,}",
+                where="--max-length",
+                fix="raise --max-length",
+            )
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
 
