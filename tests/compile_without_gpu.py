@@ -1,6 +1,7 @@
-"""Run by test_kernels.py in its own process: a first call, compiled for sm_90 and launched nowhere."""
+"""Run by test_kernels.py in its own process: first calls, compiled for sm_90 and launched nowhere."""
 
 import json
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -11,11 +12,27 @@ from triton.runtime import driver
 
 from glabench.kernels import gla_launch
 
-compiled_in = []
+GATES = (gla_launch.NONE, gla_launch.FIXED, gla_launch.HEAD, gla_launch.CHANNEL)
+compiled_in, names = [], set()
+
+
+def passes(gate, times=1):
+    """Forward and backward passes of one head of 16x16 channels."""
+    q, k, v = (torch.zeros(1, 70, 1, 16, dtype=torch.bfloat16) for _ in range(3))
+    g = {gla_launch.NONE: None, gla_launch.FIXED: torch.zeros(1), gla_launch.HEAD: q[..., 0].clone()}.get(
+        gate, q
+    )
+    how = {"scale": 0.25, "gate": gate}
+    for _ in range(times):
+        _, _, kept = gla_launch.forward(q, k, v, g, None, None, **how, output_final_state=False, keep=True)
+        gla_launch.backward(v, None, q, k, v, g, kept, None, **how, wants_d_initial=False)
 
 
 def main():
-    """Print how many kernels were compiled in this thread and in others, and how many launches there were."""
+    """Print how many kernels were compiled in this thread and in others, and how many launches there were.
+
+    With "all", the names of the kernels that every kind of gate launches, carried and not.
+    """
     driver.set_active(tune_without_gpu.NoGpu())
     gla_launch._on = lambda device: nullcontext()
     gla_launch.CARRY_PROGRAMS = 0
@@ -23,14 +40,17 @@ def main():
 
     def compile_and_note(*args, **kwargs):
         compiled_in.append(threading.get_ident())
+        names.add(args[0].name)
         return compile_one(*args, **kwargs)
 
     triton.compiler.compile = compile_and_note
-    q, k, v = (torch.zeros(1, 70, 1, 16, dtype=torch.bfloat16) for _ in range(3))
-    how = {"scale": 0.25, "gate": gla_launch.NONE}
-    for _ in range(2):
-        _, _, kept = gla_launch.forward(q, k, v, None, None, None, **how, output_final_state=False, keep=True)
-        gla_launch.backward(v, None, q, k, v, None, kept, None, **how, wants_d_initial=False)
+    if sys.argv[1:] == ["all"]:
+        for gla_launch.CARRY_PROGRAMS in (0, 1e9):
+            for gate in GATES:
+                passes(gate)
+        print(json.dumps({"kernels": sorted(names), "launches": len(tune_without_gpu.launched)}))  # noqa: T201
+        return
+    passes(gla_launch.NONE, times=2)
     found = {
         "here": compiled_in.count(own),
         "elsewhere": len(compiled_in) - compiled_in.count(own),

@@ -77,7 +77,6 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True, "BH": gla_launch.heads_together(H)}
-    constants |= {"R": gla_launch.rows_of(plan.chunk, gate)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     if name == "recurrent":
@@ -86,9 +85,9 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         absent += ["first", "last"]
     absent += ["g"] if gate == GATES["none"] else []
     absent += ["dg_out"] if gate in (GATES["none"], GATES["fixed"]) else []
-    constants |= dict.fromkeys(absent)
     if gate in (GATES["none"], GATES["fixed"]):
         absent += ["total", "reach"]
+    constants |= dict.fromkeys(absent)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}

@@ -31,8 +31,6 @@ def carry_block(
     sums,
     coming,
     lowest,
-    begins,
-    ends,
     A,
     out,
     scale,
@@ -48,14 +46,13 @@ def carry_block(
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of key channels: adds to scores and output; the state after the tile."""
-    if KEEP:  # noqa: SIM102  known when compiling
-        if begins:
-            store_state(h, S, v, col, V, K, BV, BK)
+    """One block of key channels: adds to scores and output; the state after the chunk."""
+    if KEEP:
+        store_state(h, S, v, col, V, K, BV, BK)
     out = tl.dot(x, tl.trans(S.to(x.dtype)), out, input_precision=PRECISION)
     A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    if GATE == CHANNEL:  # inside a chunk a state lacks nothing: q and k have their decays to its middle
-        S = next_state(S, value, y, sums, coming, begins, ends, lowest, PRECISION)
+    if GATE == CHANNEL:
+        S = next_state(S, value, y, sums, kept_share(coming), lowest, PRECISION)
     elif GATE == FIXED or GATE == HEAD:  # noqa: SIM109
         S = tl.dot(tl.trans(own), y, S * kept, input_precision=PRECISION)
     elif REVERSE:
@@ -97,14 +94,12 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     KEEP: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    R: tl.constexpr,
 ):
     """o of one head of one row, for BV of its value channels and all key channels; the states if KEEP.
 
     Math:   o = q S + (q k^T, j <= i) v, S' = e^(b_C) S + k^T v; with gates a channel q and k come from
             scale_kernel with decays and scale, and S is as it is stored; a head's gates are taken here.
             REVERSE, from q = k, k = q, v = do, gives dv and the states' gradients, back to front.
-            A chunk is taken R tokens at a time; only the state before it is kept.
     Grid:   V / BV, H, rows, the first fastest; a row's segments are rows, `first` has a state for each.
     HBM:    reads q, k V / BV times and v once; writes o and, if KEEP, K V / C elements a token and head.
     Stable: fp32 carry. The output of chunks with a hard tile is left to other kernels.
@@ -116,8 +111,7 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     NV: tl.constexpr = (V + BV - 1) // BV
     vb, head, row = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)
     low, high, chunk0, chunks = row_bounds(row, bounds, offsets, T, N, PACKED)
-    rows = tl.arange(0, R)
-    P: tl.constexpr = C // R
+    rows = tl.arange(0, C)
     ks, vs = tl.arange(0, BK), vb * BV + tl.arange(0, BV)
     whole = (row * H + head) * K * V + ks[None, :] * V + vs[:, None]  # of [K, V], as states come and go
     inside = (ks < K)[None, :] & (vs < V)[:, None]
@@ -142,14 +136,10 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
             S2 = S2 * power2(kept_share(sums2))[None, :]
     i, j = rows[:, None], rows[None, :]
     allowed = i <= j if REVERSE else i >= j
-    for n in range(chunks * P):
-        tile = chunks * P - 1 - n if REVERSE else n
-        m = tile // P
-        start = low + tile * R
-        count = tl.minimum(high - start, R).to(tl.int32)
-        begins, ends = True, True
-        if P > 1:
-            begins, ends = n % P == 0, n % P == P - 1
+    for n in range(chunks):
+        m = chunks - 1 - n if REVERSE else n
+        start = low + m * C
+        count = tl.minimum(high - start, C).to(tl.int32)
         at = (chunk0 + m) * H + head
         token = start * H + head
         value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
@@ -161,15 +151,15 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
             to_here, from_here = (to_end, from_start) if REVERSE else (from_start, to_end)
             share = power2(from_here) * (scale if REVERSE else 1.0)
             own, kept = (value * share[:, None]).to(TYPE), power2(lost)
-        A = tl.zeros([R, R], tl.float32)
-        out = tl.zeros([R, BV], tl.float32)
+        A = tl.zeros([C, C], tl.float32)
+        out = tl.zeros([C, BV], tl.float32)
         states = h + at * K * V if KEEP else h
-        more = chunks * P - 1 - n > 0  # what comes is loaded a tile ahead: nothing waits for it
-        ahead = (chunk0 + (tile - 1 if REVERSE else tile + 1) // P) * H + head
+        more = chunks - 1 - n > 0  # what comes is loaded a chunk ahead: nothing waits for it
+        ahead = (chunk0 + (m - 1 if REVERSE else m + 1)) * H + head
         if GATE == CHANNEL:
             coming = tl.load(total + ahead * K + ks, mask=(ks < K) & more, other=0.0)
         S, A, out = carry_block(
-            x, y, value, own, kept, S, sums, coming, lowest, begins, ends, A, out, scale, states, vb * BV, 0,
+            x, y, value, own, kept, S, sums, coming, lowest, A, out, scale, states, vb * BV, 0,
             K, V, BK, BV, GATE, REVERSE, KEEP, PRECISION,
         )  # fmt: skip
         if GATE == CHANNEL:
@@ -180,8 +170,8 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
             if GATE == CHANNEL:
                 coming2 = tl.load(total + ahead * K + BK + ks, mask=(BK + ks < K) & more, other=0.0)
             S2, A, out = carry_block(
-                x, y, value, own, kept, S2, sums2, coming2, lowest2, begins, ends, A, out, scale, states,
-                vb * BV, BK, K, V, BK, BV, GATE, REVERSE, KEEP, PRECISION,
+                x, y, value, own, kept, S2, sums2, coming2, lowest2, A, out, scale, states, vb * BV, BK,
+                K, V, BK, BV, GATE, REVERSE, KEEP, PRECISION,
             )  # fmt: skip
             if GATE == CHANNEL:
                 sums2, lowest2 = coming2, tl.load(reach + ahead * NK + 1, mask=more, other=0.0)

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 from glabench.installed import cuda_device_name, device_slug
 from glabench.kernels import plan_files
-from glabench.kernels.plan_files import GATES, Launch, Plan, Point
+from glabench.kernels.plan_files import KERNELS, Launch, Plan, Point
 
-CHUNK = 64  # tokens of a tile; a chunk is one or two, and keeps a state
-NONE, CHANNEL = GATES.index("none"), GATES.index("channel")
+CHUNK = 64  # tokens: larger ones move fewer bytes, but leave fewer programs a multiprocessor
 
 _tried: dict[Point, Plan] = {}
 
@@ -50,16 +49,10 @@ def in_force(point: Point, plan: Plan) -> Iterator[None]:
         plan_for.cache_clear()
 
 
-def takes_two_tiles(gate: int, *, wide: bool) -> bool:
-    """Whether the kernels take chunks of two tiles: with decays that are in q and k already, or none."""
-    return gate in (NONE, CHANNEL) and not wide
-
-
 def rule(point: Point, chunk: int = CHUNK) -> Plan:
     """Tiles of 64x64; a carried state of two key blocks is narrower, and outputs wider, where V allows.
 
-    In chunks of two tiles, whole chunks are the tiles of some kernels, and the gradient's second tile takes
-    registers.
+    Longer chunks take eight warps.
     """
     K, V, wide = point.d_k, point.d_v, point.wide
     most = 32 if wide else 64
@@ -69,8 +62,8 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
     plan = Plan(chunk, BK, usual, carry, carry, usual, output, usual, usual)
     if chunk > CHUNK:
-        whole = dataclasses.replace(usual, warps=8)
-        return dataclasses.replace(plan, scale=whole, state=whole, gradient=Launch(BV, 4, 2))
+        eight = Launch(BV, 8, 1)
+        return Plan(chunk, BK, *([eight] * len(KERNELS)))
     return plan
 
 

@@ -139,15 +139,14 @@ def exact_kernel(
     HAS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    R: tl.constexpr,
 ):
     """o of one head of one row, for BV of its value channels, where one of its tiles is hard.
 
-    Math:   R tokens at a time: o = scale ((q P) S + A v), S' = e^(b_R) S + sum_j e^(b_R - b_j) k_j v_j^T.
+    Math:   chunk by chunk o = scale ((q P) S + A v), S' = e^(b_C) S + sum_j e^(b_C - b_j) k_j v_j^T.
     Grid:   V / BV, H, rows, the first fastest; the state stays in registers, in one or two blocks of BK.
     HBM:    reads q, k, g V / BV times, v once; writes o once. Nothing but `reach` where no tile is hard.
-    Stable: centred decays, fp32 carry; R tokens with a hard tile are taken one by one.
-    Source: GLA §4.1; eq. 1 in hard tiles, eq. 3 and 4 in the others.
+    Stable: centred decays, fp32 carry; a chunk with a hard tile is taken token by token.
+    Source: GLA §4.1; eq. 1 in hard chunks, eq. 3 and 4 in the others.
     """
     pid = tl.program_id(0)
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -164,11 +163,11 @@ def exact_kernel(
             if K > BK:
                 inside = (BK + ks < K)[None, :] & (vs < V)[:, None]
                 S2 = tl.load(first + whole + BK * V, mask=inside, other=0.0)
-        for n in range(tl.cdiv(high - low, R)):
-            start = low + n * R
-            count = tl.minimum(high - start, R).to(tl.int32)
+        for n in range(chunks):
+            start = low + n * C
+            count = tl.minimum(high - start, C).to(tl.int32)
             token = start * H + head
             S, S2 = channel_chunk(
                 q + token * K, k + token * K, v + token * V, g + token * K, o + token * V,
-                count, vb, scale, S, S2, H, K, V, R, BK, BV, PRECISION, WIDE,
+                count, vb, scale, S, S2, H, K, V, C, BK, BV, PRECISION, WIDE,
             )  # fmt: skip

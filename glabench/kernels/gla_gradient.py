@@ -12,7 +12,7 @@ from glabench.kernels.gla_tiles import (
     after,
     any_hard,
     before,
-    centred_rows,
+    centred,
     chunk_bounds,
     decayed,
     head_decays,
@@ -68,17 +68,17 @@ def products(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     CROSS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """do v^T of some rows, their dq and dk from the states, and, to CROSS, S dS^T of the chunk."""
+    """do v^T on and below the diagonal, dq and dk from the states, and, to CROSS, S dS^T's diagonal."""
     TYPE: tl.constexpr = h.dtype.element_ty
-    R: tl.constexpr = rows.shape[0]
-    dA = tl.zeros([R, R], tl.float32)
-    dq = tl.zeros([R, BK], tl.float32)
-    dk = tl.zeros([R, BK], tl.float32)
+    dA = tl.zeros([C, C], tl.float32)
+    dq = tl.zeros([C, BK], tl.float32)
+    dk = tl.zeros([C, BK], tl.float32)
     crossed = tl.zeros([BK, BK], tl.float32)  # only its diagonal is wanted: a product costs no registers
     for vc in range(0, V, BV):
         value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
@@ -93,57 +93,6 @@ def products(
     ks = tl.arange(0, BK)
     carried = tl.sum(tl.where(ks[:, None] == ks[None, :], crossed, 0.0), 0)
     return tl.where(rows[:, None] >= rows[None, :], dA, 0.0), dq, dk, carried
-
-
-@triton.jit
-def across_tiles(
-    v, do, rows, count, late, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, TYPE: tl.constexpr
-):
-    """do of a late tile's rows, of which `late` are there, times v^T of an early one's."""
-    dA = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
-    for vc in range(0, V, BV):
-        value = load_tile(v, rows, count, H * V, vc, V, BV).to(TYPE)
-        grad = load_tile(do, rows, late, H * V, vc, V, BV).to(TYPE)
-        dA = tl.dot(grad, tl.trans(value), dA)
-    return dA
-
-
-@triton.jit
-def put_gradients(
-    q,
-    k,
-    dq,
-    dk,
-    g,
-    all_count,
-    first,
-    rows,
-    count,
-    col,
-    dq_out,
-    dk_out,
-    scale,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    GATE: tl.constexpr,
-    TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store dq and dk of a chunk's rows from `first`; with gates, the terms of their gradient."""
-    terms = dq
-    if GATE == CHANNEL:
-        gates = load_tile(g, tl.arange(0, C), all_count, H * K, col, K, BK)
-        decay = centred_rows(gates, first + rows, C, PRECISION)
-        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
-        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
-        terms = x * dq - y * dk
-        dk *= power2(-decay)
-        dq *= power2(decay) * scale
-    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
-    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
-    return terms
 
 
 @triton.jit
@@ -169,18 +118,13 @@ def common_tile(
     BV: tl.constexpr,
     GATE: tl.constexpr,
     PRECISION: tl.constexpr,
-    R: tl.constexpr,
 ):
-    """dq, dk and dg of one chunk that is not hard, with gates a channel or none; R of its tokens at a time.
-
-    Where a chunk has two tiles, the late tokens meet the early ones in a product of their own, and the
-    early gates wait for the late terms.
-    """
+    """dq, dk and dg of one chunk that is not hard, with gates a channel or none."""
     TYPE: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = GATE == CHANNEL
-    rows = tl.arange(0, R)
+    rows = tl.arange(0, C)
     factor = 1.0 if GATED else scale  # with gates the scale is in q
-    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, GATED, PRECISION)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, C, BK, BV, GATED, PRECISION)
     x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
     if GATED:
@@ -188,43 +132,16 @@ def common_tile(
     part = (dA * factor).to(TYPE)
     dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
     dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
-    if C > R:
-        late = count - R
-        part = (across_tiles(v, do + R * H * V, rows, count, late, H, V, BV, TYPE) * factor).to(TYPE)
-        x = load_tile(q + R * H * K, rows, late, H * K, col, K, BK).to(TYPE)
-        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-    terms = put_gradients(
-        q, k, dq, dk, g, count, 0, rows, count, col, dq_out, dk_out, scale,
-        H, K, C, BK, GATE, TYPE, PRECISION,
-    )  # fmt: skip
     if GATED:
-        dg = sums_to_end(terms, R, TYPE, PRECISION)
-    if C > R:
+        decay = centred(load_tile(g, rows, count, H * K, col, K, BK), C, PRECISION)
+        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)  # again: held, they would spill
         y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
-        v += R * H * V
-        do += R * H * V
-        q += R * H * K
-        k += R * H * K
-        dA, dq, dk, _ = products(v, do, h, dh, rows, late, col, H, K, V, BK, BV, False, PRECISION)
-        dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
-        x = load_tile(q, rows, late, H * K, col, K, BK).to(TYPE)
-        y = load_tile(k, rows, late, H * K, col, K, BK).to(TYPE)
-        if GATED:
-            carried += tl.sum(y * dk, 0)
-        part = (dA * factor).to(TYPE)
-        dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
-        dq = tl.dot(part, y, dq, input_precision=PRECISION)
-        to_q, to_k = dq_out + R * H * K, dk_out + R * H * K
-        terms = put_gradients(
-            q, k, dq, dk, g, count, R, rows, late, col, to_q, to_k, scale,
-            H, K, C, BK, GATE, TYPE, PRECISION,
-        )  # fmt: skip
-        if GATED:
-            later = sums_to_end(terms, R, TYPE, PRECISION) + carried[None, :]
-            store_tile(dg_out + R * H * K, later, rows, late, H * K, col, K, BK)
-            carried += tl.sum(terms, 0)
-    if GATED:
-        store_tile(dg_out, dg + carried[None, :], rows, count, H * K, col, K, BK)
+        dg = sums_to_end(x * dq - y * dk, C, TYPE, PRECISION) + carried[None, :]
+        store_tile(dg_out, dg, rows, count, H * K, col, K, BK)
+        dk *= power2(-decay)
+        dq *= power2(decay) * scale
+    store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
+    store_tile(dq_out, dq, rows, count, H * K, col, K, BK)
 
 
 @triton.jit
@@ -254,7 +171,7 @@ def hard_tile(
     """dq, dk and dg of one hard chunk, from raw q and k."""
     TYPE: tl.constexpr = h.dtype.element_ty
     rows = tl.arange(0, C)
-    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, True, PRECISION)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, C, BK, BV, True, PRECISION)
     x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
     gates = load_tile(g, rows, count, H * K, col, K, BK)
@@ -309,7 +226,7 @@ def head_tile(
     TYPE: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = GATE == HEAD
     rows = tl.arange(0, C)
-    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, BK, BV, GATED, PRECISION)
+    dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, C, BK, BV, GATED, PRECISION)
     x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
     from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
@@ -364,7 +281,6 @@ def gradient_tile(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
-    R: tl.constexpr,
 ):
     """dq, dk and dg of one chunk and head, for BK of its key channels: see gradient_kernel."""
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
@@ -385,12 +301,12 @@ def gradient_tile(
     elif GATE == CHANNEL:
         common_tile(
             v, do, q, k, g + token * K, h, dh, dq_out, dk_out, dg_out + token * K,
-            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION, R,
+            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
         )  # fmt: skip
     elif GATE == NONE:
         common_tile(
             v, do, q, k, g, h, dh, dq_out, dk_out, dg_out,
-            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION, R,
+            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
         )  # fmt: skip
     else:
         head_tile(
@@ -429,7 +345,6 @@ def gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
-    R: tl.constexpr,
 ):
     """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
 
@@ -456,7 +371,7 @@ def gradient_kernel(
                     gradient_tile(
                         tile % NK, pair % H, pair // H, q, k, v, g, do, total, reach, h, dh,
                         dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True, R,
+                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True,
                     )  # fmt: skip
     else:
         kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
@@ -467,5 +382,5 @@ def gradient_kernel(
         gradient_tile(
             kb, head, chunk, q, k, v, g, do, total, reach, h, dh,
             dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False, R,
+            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False,
         )  # fmt: skip

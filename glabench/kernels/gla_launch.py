@@ -1,6 +1,5 @@
 """Memory and launches of the chunk kernels: forward and backward of one call, for every kind of gate."""
 
-import dataclasses
 import functools
 import itertools
 from contextlib import nullcontext
@@ -23,7 +22,6 @@ from glabench.kernels.gla_state import state_kernel
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
-ROWS = 64  # tokens a tile: more take more registers than four warps have
 SEGMENT = 4096  # tokens: shorter segments cost more than they save
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
@@ -301,11 +299,6 @@ def chunk_size(q: Tensor, v: Tensor, gate: int) -> int:
     return _plan(q, v, gate).chunk
 
 
-def rows_of(chunk: int, gate: int) -> int:
-    """Tokens a tile in kernels that take a chunk in parts; with one gate a head, the whole chunk."""
-    return min(chunk, ROWS) if gate in (NONE, CHANNEL) else chunk
-
-
 def key_blocks(q: Tensor, v: Tensor, gate: int) -> int:
     """How many tiles of key channels a head has."""
     return -(-q.shape[-1] // _plan(q, v, gate).BK)
@@ -347,7 +340,6 @@ def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, s
         "KEEP": states is not None,
         "WIDE": state_dtype(k.dtype) != torch.bfloat16,
         "PRECISION": precision(v.dtype),
-        "R": rows_of(chunks.size, gate),
     }
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
     programs = -(-V // tile.BV) * H * rows
@@ -463,7 +455,6 @@ def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
         "HAS_FIRST": first is not None,
         "PRECISION": precision(k.dtype),
         "WIDE": k.dtype != torch.bfloat16,
-        "R": rows_of(chunks.size, CHANNEL),
     }
     programs = -(-V // tile.BV) * H * chunks.rows
     tensors = (q, k, v, g, kept.reach, o, first, cu_seqlens, chunks.offsets)
@@ -474,20 +465,16 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, har
     """Launch output_kernel: fills `o`; with `hard`, of the chunks with hard tiles, from raw q and k."""
     (T, H), V = k.shape[1:3], v.shape[3]
     tile = _plan(k, v, gate).output
-    if hard:
-        tile = _hard_tile(tile, chunks)
     constants = {
         **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": chunks.table is not None,
         "PRECISION": precision(v.dtype),
         "HARD": hard,
-        "R": rows_of(chunks.size, gate),
     }
     tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
     pairs = H * chunks.total
-    parts = -(-V // tile.BV) * (chunks.size // constants["R"])
-    programs = _hard_programs(pairs, q.device) if hard else parts * pairs
+    programs = _hard_programs(pairs, q.device) if hard else -(-V // tile.BV) * pairs
     scale = 1.0 if gate == CHANNEL and not hard else scale  # scaled q has it
     launch(output_kernel, programs, tensors, (scale, T, chunks.each, pairs), constants, tile)
 
@@ -496,13 +483,12 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
     """Launch gradient_kernel: fills `dq`, `dk` and `dg`; with `hard`, of hard tiles, from raw q and k."""
     B, T, H, K = k.shape
     plan = _plan(k, v, gate)
-    tile = _hard_tile(plan.gradient, chunks) if hard else plan.gradient
+    tile = plan.gradient
     constants = {
         **_sizes(k, v, gate, tile),
         "PACKED": chunks.table is not None,
         "PRECISION": precision(v.dtype),
         "HARD": hard,
-        "R": rows_of(chunks.size, gate),
     }
     tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
     pairs = H * chunks.total
@@ -514,13 +500,6 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
 def _hard_programs(pairs: int, device: torch.device) -> int:
     """Few, since most find no hard tile among theirs."""
     return min(pairs, HARD_PROGRAMS * multiprocessors(device))
-
-
-def _hard_tile(tile: Launch, chunks: Chunks) -> Launch:
-    """Whole chunks are its tiles: long ones take more warps."""
-    if chunks.size <= ROWS:
-        return tile
-    return dataclasses.replace(tile, BV=min(tile.BV, ROWS), warps=8, registers=None)
 
 
 def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:

@@ -26,7 +26,6 @@ from glabench.kernels.gla_tiles import (
 @triton.jit
 def output_tile(
     vb,
-    part,
     head,
     chunk,
     q,
@@ -45,7 +44,6 @@ def output_tile(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    R: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATE: tl.constexpr,
@@ -54,27 +52,27 @@ def output_tile(
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
 ):
-    """o of one chunk and head, for R of its tokens and BV of its value channels: see output_kernel."""
+    """o of one chunk and head, for BV of its value channels: see output_kernel."""
     TYPE: tl.constexpr = h.dtype.element_ty
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
-    rows, cols = part * R + tl.arange(0, R), tl.arange(0, C)
+    rows = tl.arange(0, C)
     token = start * H + head
     q += token * K
     k += token * K
     at = chunk * H + head
     h += at * K * V
-    A = tl.zeros([R, C], tl.float32)
-    out = tl.zeros([R, BV], tl.float32)
-    i, j = rows[:, None], cols[None, :]
+    A = tl.zeros([C, C], tl.float32)
+    out = tl.zeros([C, BV], tl.float32)
+    i, j = rows[:, None], rows[None, :]
     allowed = i <= j if REVERSE else i >= j
     if HARD:
         g += token * K
     for col in range(0, K, BK):
         x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
-        y = load_tile(k, cols, count, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
         state = load_state(h, vb * BV, col, V, K, BV, BK)
         if HARD:
-            gates = load_tile(g, cols, count, H * K, col, K, BK)
+            gates = load_tile(g, rows, count, H * K, col, K, BK)
             A += halved_scores(x, y, gates, C, REVERSE, PRECISION)
             sums = load_channels(total + at * K, col, K, BK)
             decay = after(gates, C, PRECISION) if REVERSE else before(gates, C, PRECISION)
@@ -93,7 +91,7 @@ def output_tile(
     else:
         out *= to_out
         A *= scale
-    value = load_tile(v + token * V, cols, count, H * V, vb * BV, V, BV).to(TYPE)
+    value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
     out = tl.dot(A.to(value.dtype), value, out, input_precision=PRECISION)
     store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)
 
@@ -124,14 +122,13 @@ def output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
-    R: tl.constexpr,
 ):
-    """o of R of a chunk's tokens, for BV value channels; REVERSE: dv, from q = k, k = q, v = do, h = dh.
+    """o of one chunk, for BV of its value channels; REVERSE gives dv from q = k, k = q, v = do, h = dh.
 
     Math:   o = scale ((q P) S + A v), A_ij = q_i . k_j e^(b_i - b_j), j <= i; dv = (k X) dS + scale A^T do.
-    Grid:   V / BV, C / R, H, chunks, the first fastest: programs that share q, k and the state run together.
-            HARD: any number of programs, which look for hard tiles among the `pairs` of chunk and head.
-    HBM:    reads q, k V / BV times, v and the state once; writes o once. Long chunks halve the states' bytes.
+    Grid:   V / BV, H, chunks, the first fastest: programs that share q, k and g run together. HARD: any
+            number of programs, which look for hard tiles among the `pairs` of chunk and head.
+    HBM:    reads q, k V / BV times, v and the state once; writes o once.
     Stable: q and k come scaled where gates are a channel; HARD takes them raw, and the scores by halving.
     Source: GLA eq. 3-4, §4.3.
     """
@@ -148,18 +145,16 @@ def output_kernel(
                 if any_hard(reach + pair * NK, NK, 64):
                     for vb in range(NV):
                         output_tile(
-                            vb, 0, pair % H, pair // H, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
-                            H, K, V, C, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True,
+                            vb, pair % H, pair // H, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
+                            H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True,
                         )  # fmt: skip
     else:
-        P: tl.constexpr = C // R
-        vb, part, head = pid % NV, pid // NV % P, pid // (NV * P) % H
-        chunk = (pid // (NV * P * H)).to(tl.int64)
+        vb, head, chunk = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)
         if GATE == CHANNEL:
             hard = any_hard(reach + (chunk * H + head) * NK, NK, 16)
             if hard:
                 return
         output_tile(
-            vb, part, head, chunk, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
-            H, K, V, C, R, BK, BV, GATE, REVERSE, PACKED, PRECISION, False,
+            vb, head, chunk, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
+            H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, False,
         )  # fmt: skip

@@ -101,7 +101,7 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
             more = chunks - 1 - n > 0  # what comes is loaded a chunk ahead: nothing waits for it
             ahead = (chunk0 + (m - 1 if REVERSE else m + 1)) * H + head
             coming = tl.load(total + ahead * K + ks, mask=(ks < K) & more, other=0.0)
-            S = next_state(S, value, tile, sums, coming, True, True, lowest, PRECISION)
+            S = next_state(S, value, tile, sums, kept_share(coming), lowest, PRECISION)
             sums, lowest = coming, tl.load(reach + ahead * NK + kb, mask=more, other=0.0)
         else:
             if KEEP:

@@ -120,18 +120,16 @@ def kept_share(sums):
 
 
 @triton.jit
-def next_state(S, value, tile, sums, coming, begins, ends, lowest, PRECISION: tl.constexpr):
-    """The state [BV, BK] after a tile; after a chunk's last one, times the next chunk's kept share.
+def next_state(S, value, tile, sums, coming, lowest, PRECISION: tl.constexpr):
+    """The state [BV, BK] before the next chunk, times its kept share, from this chunk's; see scale_kernel.
 
-    See scale_kernel: in channels that are not hard, S and the chunk's own state lack the same factor.
+    In channels that are not hard, S and the chunk's own state lack the same factor.
     """
     kept = kept_share(sums)
-    if begins & (lowest < -2 * LIMIT):
+    if lowest < -2 * LIMIT:
         S = S * power2(sums - 2 * kept)[None, :]
     S = tl.dot(tl.trans(value), tile, S, input_precision=PRECISION)
-    if ends:
-        S = S * power2(kept + kept_share(coming))[None, :]
-    return S
+    return S * power2(kept + coming)[None, :]
 
 
 @triton.jit
@@ -169,12 +167,6 @@ def centred(g, C: tl.constexpr, PRECISION: tl.constexpr):
     """Log decay through each token, counted from half of the chunk's total."""
     i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return summed(tl.where(s <= i, 0.5, -0.5), g, PRECISION)
-
-
-@triton.jit
-def centred_rows(g, rows, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The same for some of a chunk's tokens."""
-    return summed(tl.where(tl.arange(0, C)[None, :] <= rows[:, None], 0.5, -0.5), g, PRECISION)
 
 
 @triton.jit
@@ -231,13 +223,16 @@ def decayed(A, to_row, lost, fixed, at, factor, GATE: tl.constexpr, MIRROR: tl.c
     its end if MIRROR. Rows and columns have a factor each, but where the chunk loses more than 2 ** LIMIT:
     there it is the power of each difference, taken in integers. Beyond the diagonal all is finite.
     """
-    hard = lost < -LIMIT if GATE == HEAD else False
-    if hard:
-        rows = tl.arange(0, C)
-        fixed += at * C
-        here, there = tl.load(fixed + rows)[:, None], tl.load(fixed + rows)[None, :]
-        apart = there - here if MIRROR else here - there
-        A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS)) * factor
+    if GATE == HEAD:
+        if lost < -LIMIT:
+            rows = tl.arange(0, C)
+            fixed += at * C
+            here, there = tl.load(fixed + rows)[:, None], tl.load(fixed + rows)[None, :]
+            apart = there - here if MIRROR else here - there
+            A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS)) * factor
+        else:
+            A *= (power2(to_row) * factor)[:, None]
+            A *= power2(-to_row)[None, :]
     else:
         A *= (power2(to_row) * factor)[:, None]
         A *= power2(-to_row)[None, :]
