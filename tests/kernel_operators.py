@@ -30,10 +30,23 @@ def loss(q, k, v, g, state, cu_seqlens=None):
     return o.sin().sum() + final.cos().sum()
 
 
-def same(run, cu_seqlens=None):
-    """Whether run(loss, ...) has eager's gradients, bit for bit."""
-    made = leaves(1 if cu_seqlens is None else len(cu_seqlens) - 1)
-    want = torch.autograd.grad(loss(*made, cu_seqlens), made)
+def head_loss(q, k, v, g, state, cu_seqlens=None):
+    """As loss, with one gate a head."""
+    o, final = kernels.simple_gla_chunk(
+        q, k, v, g, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
+    )
+    return o.sin().sum() + final.cos().sum()
+
+
+def of_heads(made):
+    """The same leaves, with one gate a head."""
+    return [*made[:3], made[3][..., 0].detach().clone().requires_grad_(), made[4]]
+
+
+def same(run, cu_seqlens=None, eager=loss, make=list):
+    """Whether run(...) has eager's gradients, bit for bit."""
+    made = make(leaves(1 if cu_seqlens is None else len(cu_seqlens) - 1))
+    want = torch.autograd.grad(eager(*made, cu_seqlens), made)
     got = torch.autograd.grad(run(*made, cu_seqlens), made)
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -51,13 +64,18 @@ def main():
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     inputs = [x.detach() for x in leaves()[:4]]
     graph = torch.export.export(Layer(), tuple(inputs)).module()
-    torch.library.opcheck(kernels.chunk_op, (*leaves(), None, 0.25, 3, True, False))
+    for recompute in (False, True):
+        torch.library.opcheck(kernels.chunk_op, (*leaves(), None, 0.25, 3, True, recompute))
+        torch.library.opcheck(kernels.chunk_op, (*of_heads(leaves()), None, 0.25, 2, True, recompute))
     found = {
         "compiled": same(compiled),
         "compiled, packed": same(compiled, torch.tensor([0, 10, 40, 70])),
         "checkpointed": same(lambda *args: checkpoint(loss, *args, use_reentrant=False)),
         "exported": torch.equal(graph(*inputs), kernels.gla_chunk(*inputs)[0]),
         "repeated": same(loss),
+        "compiled, a gate a head": same(
+            torch.compile(head_loss, backend="aot_eager", fullgraph=True), eager=head_loss, make=of_heads
+        ),
     }
     print(json.dumps(found))  # noqa: T201
 

@@ -44,7 +44,7 @@ SETS = {
     + [_point(f, 300, segment=2, batch=2, states=f == "retention") for f in FAMILIES],
     "carried": [
         _point(f, T, 48, 32, form=form, regime=r, states=T != 65, carried=True)
-        for f in ("gla", "linear_attention", "retention")
+        for f in ("gla", "linear_attention", "retention", "simple_gla")
         for T, r, form in (
             (1, "trained", "materialised"),
             (65, "trained", "recompute"),
@@ -55,7 +55,7 @@ SETS = {
     ]
     + [
         _point(f, 200, bounds=PACKED, regime="mixed", form=form, carried=True)
-        for f in ("gla", "retention")
+        for f in ("gla", "retention", "simple_gla")
         for form in ("materialised", "recompute")
     ],
     "carried in segments": [
@@ -65,11 +65,18 @@ SETS = {
             ("gla", 290, "mixed"),
             ("linear_attention", 300, "trained"),
             ("retention", 290, "trained"),
+            ("simple_gla", 300, "mixed"),
         )
     ],
     "carried in two blocks of keys": [
         _point(f, 130, 64, 16, heads=1, regime=r, carried=True)
-        for f, r in (("gla", "trained"), ("gla", "mixed"), ("retention", "trained"))
+        for f, r in (
+            ("gla", "trained"),
+            ("gla", "mixed"),
+            ("retention", "trained"),
+            ("simple_gla", "trained"),
+            ("simple_gla", "mixed"),
+        )
     ],
     "longer chunks": [
         _point(f, 200, 48, 32, heads=1, carried=carried, chunk=128)
@@ -106,6 +113,14 @@ def _run(script, *words, given="", **variables):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def test_a_heads_decays_are_exact_between_gates_of_any_size():
+    (found,) = _run("kernel_sums.py")
+    assert found["NaN"] == 0
+    assert found["before"] < 1e-7  # float32, relative
+    assert found["after"] < 1e-7
+    assert found["between"] <= 2**-17  # one unit in a chunk of 64, whatever lies beside it
+
+
 def test_what_is_compiled_ahead_is_what_a_call_launches():
     (found,) = _run("kernel_launches.py")
     assert all(point["launches"] >= 3 for point in found.values()), found
@@ -126,7 +141,7 @@ def test_every_kernel_of_every_gate_compiles_for_hopper_as_calls_launch_it(tmp_p
 
 def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
     (found,) = _run("kernel_operators.py")
-    assert len(found) == 5
+    assert len(found) == 6
     assert all(found.values()), found
 
 
