@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glabench import registry
 from glabench.cases import SHAPES, make_cases
-from glabench.runners.request import Arm, to_compile
+from glabench.runners.request import MAX_AHEAD, Arm, fitting, to_compile
 
 FAULTY = Path(__file__).with_name("faulty_impls.py")
 GOOD = "gla_chunk_torch"
@@ -158,13 +158,25 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_rows(tmp_path):
     assert resumed.returncode == 0 and len(rows(tmp_path / "out")) == 6
 
 
-def test_the_shortest_and_the_longest_case_are_compiled_ahead():
-    implementation = registry.implementations()["gla_chunk"]
+def gla_arms(**how):
     cases = make_cases(
-        shapes=(SHAPES["340m"],), seqlens=(1024, 4096, 16384), passes=("fwd", "fwd_bwd"), dtypes=("bf16",),
-        tokens=16384, batch=None, where="test",
+        shapes=(SHAPES["340m"],), passes=("fwd", "fwd_bwd"), dtypes=("bf16",), where="test",
+        **{"tokens": None, "batch": None} | how,
     )  # fmt: skip
-    arms = [Arm(implementation, case, ("speed",)) for case in cases]
+    return [Arm(registry.implementations()["gla_chunk"], case, ("speed",)) for case in cases]
+
+
+def test_no_more_compile_at_once_than_the_devices_memory_holds():
+    small, large = gla_arms(seqlens=(64,), batch=1)[:1] * 30, gla_arms(seqlens=(2**20,), batch=1)[1:]
+    assert len(fitting(small, [], 80_000)) == MAX_AHEAD
+    assert fitting(small[:3] + large * 4, [], 80_000) == small[:3] + large * 3  # of 22 GB each
+    assert 0 < len(fitting(small, large * 3, 80_000)) < MAX_AHEAD  # a context each
+    assert fitting(large, [], 100) == large  # alone, it may yet fit
+    assert fitting(large, small[:1], 100) == []
+
+
+def test_the_shortest_and_the_longest_case_are_compiled_ahead():
+    arms = gla_arms(seqlens=(1024, 4096, 16384), tokens=16384)
     assert [(a.case.passes, a.case.seqlen) for a in to_compile(arms)] == [
         ("fwd_bwd", 1024),
         ("fwd_bwd", 16384),
