@@ -128,6 +128,16 @@ def test_without_resume_a_second_run_is_a_replicate(tmp_path):
     assert [r["replicate"] for r in rows(tmp_path / "out")] == ["0", "0", "1", "1"]
 
 
+def test_rows_of_another_environment_are_named_kept_and_measured_again(tmp_path, monkeypatch):
+    words = ("speed", *SMALL, "--impl", "retention", "--out", "out", "--resume")
+    first = glabench(*words, cwd=tmp_path)
+    monkeypatch.setenv("GLABENCH_TUNE_MS", "20")
+    second = glabench(*words, cwd=tmp_path)
+    assert "another environment" not in first.stderr
+    assert "the last rows here are of another environment (variables): kept, and run again" in second.stderr
+    assert len({r["env"] for r in rows(tmp_path / "out")}) == 2 and len(rows(tmp_path / "out")) == 4
+
+
 def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rows.csv").write_text("name,ms\nx,1\n")

@@ -81,7 +81,7 @@ class Sweep:
         for file in self.files.values():
             if torn := file.torn("cell"):
                 self.watch.say(torn)
-        env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
+        earlier = env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
         described = self._describe()
         gpu = described.get("gpu") or {}
         self.l2_bytes, self.memory_mib = gpu.get("l2_bytes") or 0, gpu.get("memory_mib") or 0
@@ -97,6 +97,9 @@ class Sweep:
         )
         self.replicate = max(file.replicate(self.request.resume) for file in self.files.values())
         self.done = {v: file.settled(self.replicate) for v, file in self.files.items()}
+        if self.request.resume and earlier and earlier[-1]["id"] != self.entry["id"]:
+            other = ", ".join(env.differing(earlier[-1], self.entry))
+            self.watch.say(f"the last rows here are of another environment ({other}): kept, and run again")
         env.write_run(self.out, self.entry)
 
     def _describe(self) -> dict[str, Any]:
