@@ -217,6 +217,12 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what makes the environments of two runs differ."""
+    a, b = one.get("comparable", {}), other.get("comparable", {})
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Add `run`, or replace the entry that started at the same second with the same command and id."""
 

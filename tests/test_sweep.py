@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glabench import registry
 from glabench.cases import SHAPES, make_cases
-from glabench.runners.request import Arm, to_compile
+from glabench.runners.request import MAX_AHEAD, Arm, fitting, to_compile
 
 FAULTY = Path(__file__).with_name("faulty_impls.py")
 GOOD = "gla_chunk_torch"
@@ -128,6 +128,16 @@ def test_without_resume_a_second_run_is_a_replicate(tmp_path):
     assert [r["replicate"] for r in rows(tmp_path / "out")] == ["0", "0", "1", "1"]
 
 
+def test_rows_of_another_environment_are_named_kept_and_measured_again(tmp_path, monkeypatch):
+    words = ("speed", *SMALL, "--impl", "retention", "--out", "out", "--resume")
+    first = glabench(*words, cwd=tmp_path)
+    monkeypatch.setenv("GLABENCH_TUNE_MS", "20")
+    second = glabench(*words, cwd=tmp_path)
+    assert "another environment" not in first.stderr
+    assert "the last rows here are of another environment (variables): kept, and run again" in second.stderr
+    assert len({r["env"] for r in rows(tmp_path / "out")}) == 2 and len(rows(tmp_path / "out")) == 4
+
+
 def test_a_foreign_file_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rows.csv").write_text("name,ms\nx,1\n")
@@ -158,13 +168,25 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_rows(tmp_path):
     assert resumed.returncode == 0 and len(rows(tmp_path / "out")) == 6
 
 
-def test_the_shortest_and_the_longest_case_are_compiled_ahead():
-    implementation = registry.implementations()["gla_chunk"]
+def gla_arms(**how):
     cases = make_cases(
-        shapes=(SHAPES["340m"],), seqlens=(1024, 4096, 16384), passes=("fwd", "fwd_bwd"), dtypes=("bf16",),
-        tokens=16384, batch=None, where="test",
+        shapes=(SHAPES["340m"],), passes=("fwd", "fwd_bwd"), dtypes=("bf16",), where="test",
+        **{"tokens": None, "batch": None} | how,
     )  # fmt: skip
-    arms = [Arm(implementation, case, ("speed",)) for case in cases]
+    return [Arm(registry.implementations()["gla_chunk"], case, ("speed",)) for case in cases]
+
+
+def test_no_more_compile_at_once_than_the_devices_memory_holds():
+    small, large = gla_arms(seqlens=(64,), batch=1)[:1] * 30, gla_arms(seqlens=(2**20,), batch=1)[1:]
+    assert len(fitting(small, [], 80_000)) == MAX_AHEAD
+    assert fitting(small[:3] + large * 4, [], 80_000) == small[:3] + large * 3  # of 22 GB each
+    assert 0 < len(fitting(small, large * 3, 80_000)) < MAX_AHEAD  # a context each
+    assert fitting(large, [], 100) == large  # alone, it may yet fit
+    assert fitting(large, small[:1], 100) == []
+
+
+def test_the_shortest_and_the_longest_case_are_compiled_ahead():
+    arms = gla_arms(seqlens=(1024, 4096, 16384), tokens=16384)
     assert [(a.case.passes, a.case.seqlen) for a in to_compile(arms)] == [
         ("fwd_bwd", 1024),
         ("fwd_bwd", 16384),

@@ -72,9 +72,10 @@ for name in "$@"; do
             wait ;;
         all)
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
-                (suite fig2 cuda:1; suite neighbours cuda:1) & side=$!
-                suite layers cuda:0
+                (suite layers cuda:1 --shape fig2; suite fig2 cuda:1) & side=$!
+                suite layers cuda:0 --shape 340m,1.3b
                 wait "$side"
+                suite neighbours cuda:0
             else
                 suite layers cuda; suite fig2 cuda; suite neighbours cuda
             fi ;;

@@ -1,15 +1,20 @@
 """What a sweep is asked for, and what it keeps of one implementation at one grid point."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from glabench import cost
 from glabench.cases import Case, arm_of
 from glabench.errors import UsageError
 from glabench.registry import Implementation
 from glabench.rows import Row
 from glabench.suite import Suite
+
+MAX_AHEAD = 24  # processes that compile at once
+CONTEXT_MIB = 600  # of a process on a GPU
+AHEAD_COPIES = 1.5  # of inputs, outputs and gradients: what a call holds while its kernels are compiled
 
 
 class Watch(Protocol):
@@ -93,6 +98,24 @@ def to_compile(arms: Iterable[Arm]) -> list[Arm]:
         firsts.append(first)
         lasts += [last] if last is not first else []
     return firsts + lasts
+
+
+def fitting(waiting: Sequence[Arm], flying: Sequence[Arm], room_mib: float) -> list[Arm]:
+    """Those of `waiting` that may start beside `flying`, in order; one that fits nowhere starts alone."""
+    found: list[Arm] = []
+    left = room_mib - sum(_held_mib(arm) for arm in flying)
+    for arm in waiting:
+        busy = len(flying) + len(found)
+        if busy >= MAX_AHEAD or (busy and _held_mib(arm) > left):
+            break
+        found.append(arm)
+        left -= _held_mib(arm)
+    return found
+
+
+def _held_mib(arm: Arm) -> float:
+    sizes = cost.inputs_mib(arm.impl.family, arm.case) + cost.predicted_mib(arm.impl.family, arm.case)
+    return CONTEXT_MIB + AHEAD_COPIES * sizes
 
 
 def series(arm: Arm) -> tuple[str, ...]:

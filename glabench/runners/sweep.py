@@ -16,12 +16,20 @@ from glabench.registry import Implementation
 from glabench.results import RowFile, append_json, rows_path
 from glabench.rows import RESUME_KEY, ROWS, Row
 from glabench.runners import probe, rows, turns
-from glabench.runners.request import Arm, Request, Watch, known_failure, series, to_compile
+from glabench.runners.request import (
+    CONTEXT_MIB,
+    Arm,
+    Request,
+    Watch,
+    fitting,
+    known_failure,
+    series,
+    to_compile,
+)
 
 CELLS = "glabench.runners.cells"
 CHECK_TOKENS = 16384  # whole sequences are compared with the oracle up to this many tokens a cell
 CEILING_S = 0.5  # of each ceiling: copy bandwidth, products
-MAX_AHEAD = 24  # processes that compile at once; each holds a CUDA context
 # what one process tuned the next takes from Triton's cache, instead of choosing anew on a noisy day
 TUNE_ONCE = {"TRITON_CACHE_AUTOTUNING": "1"}
 MORE_VISITS = 2  # rounds added for arms whose interval is still too wide
@@ -73,9 +81,10 @@ class Sweep:
         for file in self.files.values():
             if torn := file.torn("cell"):
                 self.watch.say(torn)
-        env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
+        earlier = env.read_runs(self.out)  # a foreign run.json is refused before anything is measured
         described = self._describe()
-        self.l2_bytes = (described.get("gpu") or {}).get("l2_bytes") or 0
+        gpu = described.get("gpu") or {}
+        self.l2_bytes, self.memory_mib = gpu.get("l2_bytes") or 0, gpu.get("memory_mib") or 0
         self.ceilings = cost.Ceilings(
             described["ceilings"]["copy_gb_s"], described["ceilings"]["matmul_tflop_s"]
         )
@@ -88,6 +97,9 @@ class Sweep:
         )
         self.replicate = max(file.replicate(self.request.resume) for file in self.files.values())
         self.done = {v: file.settled(self.replicate) for v, file in self.files.items()}
+        if self.request.resume and earlier and earlier[-1]["id"] != self.entry["id"]:
+            other = ", ".join(env.differing(earlier[-1], self.entry))
+            self.watch.say(f"the last rows here are of another environment ({other}): kept, and run again")
         env.write_run(self.out, self.entry)
 
     def _describe(self) -> dict[str, Any]:
@@ -134,20 +146,23 @@ class Sweep:
         return RowFile.key(self._fields(verb, impl, case))
 
     def _compile_ahead(self, arms: list[Arm]) -> None:
-        """Let every (implementation, shape) that compiles do so now, all at once, in a process each.
+        """Let every (implementation, shape) that compiles do so now, side by side, in a process each.
 
-        What they compile and tune stays in Triton's cache on disk; how long it took belongs to the row of
-        the cell that was run for it.
+        As many at once as the device's memory holds. What they compile and tune stays in Triton's cache on
+        disk; how long it took belongs to the row of the cell that was run for it.
         """
         able = [a for a in arms if a.impl.compiles and self._failure_before(a) is None]
+        waiting = to_compile(able) if self.request.kind == "cuda" else []
         flying: dict[Worker, Arm] = {}
-        for arm in to_compile(able)[:MAX_AHEAD] if self.request.kind == "cuda" else ():
-            self.watch.say(f"compiling ahead: {arm.impl.id}, {arm.case.describe()}")
-            worker = Worker(f"ahead {arm.impl.id}", env=TUNE_ONCE)
-            worker.start(f"{CELLS}:compile_ahead", self._arguments(arm), limits=self._limits())
-            flying[worker] = arm
+        room_mib = self.memory_mib - CONTEXT_MIB * len(self.workers)
         begun = time.perf_counter()
-        while flying:
+        while waiting or flying:
+            for arm in fitting(waiting, list(flying.values()), room_mib):
+                waiting.remove(arm)
+                self.watch.say(f"compiling ahead: {arm.impl.id}, {arm.case.describe()}")
+                worker = Worker(f"ahead {arm.impl.id}", env=TUNE_ONCE)
+                worker.start(f"{CELLS}:compile_ahead", self._arguments(arm), limits=self._limits())
+                flying[worker] = arm
             for worker, outcome in wait_any(list(flying), timeout=1.0):
                 arm = flying.pop(worker)
                 worker.close()

@@ -25,7 +25,8 @@ from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
 from glabench.results import write_whole
 from glabench.runners import tune_variants, turns
-from glabench.runners.sweep import CHECK_TOKENS, MAX_AHEAD
+from glabench.runners.request import MAX_AHEAD
+from glabench.runners.sweep import CHECK_TOKENS
 from glabench.runners.tune_variants import RULE, Trial, Variants, Whole
 
 CELLS = "glabench.runners.tune_cells"
