@@ -40,7 +40,7 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_outputs_and_states_are_the_oracles(name):
-    found = _run("step_points.py", json.dumps(SETS[name]))
+    found = _run("step_points.py", given=json.dumps(SETS[name]))
     assert [answer["point"] for answer in found] == SETS[name]
     assert not [answer for answer in found if answer["errors"]]
 
