@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke verify kernels tune timing decode layers fig2 neighbours all
-#                          throughput recall-try recall. `all`: the three suites, over two GPUs where there are two,
-#                          `recall` over all.
-# Wheels of what the machine lacks are
-# taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed into $OUT/gpu.tar.gz (default:
-# out/) twice a minute and at the end, so that a run that is cut loses little. TOTAL: seconds for all steps
-# together. The next call with the same SITE goes on.
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke tests verify kernels tune timing decode layers fig2
+#                          neighbours all throughput recall-try recall. `all`: the three suites, over two GPUs
+#                          where there are two; `recall`: over all.
+# Wheels of what the machine lacks are taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed
+# into $OUT/gpu.tar.gz (default: out/) twice a minute and at the end, so that a run that is cut loses little.
+# TOTAL: seconds for all steps together. The next call with the same SITE goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out}; SITE=${SITE:-$HOME/site}; WHEELS=${WHEELS:-.whl}; TOTAL=${TOTAL:-540}
@@ -49,6 +48,9 @@ for name in "$@"; do
         doctor) TAIL=40 step doctor 90 python3 -m glabench doctor ;;
         smoke) step smoke "$TOTAL" python3 -m glabench speed --impl "${IMPL:-gla,attention,mamba,mamba2,retention}" \
             --shape "${SHAPE:-340m}" --seqlen "${SEQLEN:-1k}" --out "$RESULTS/smoke" ${ARGS:-} ;;
+        tests)  # warnings of another torch are no failures
+            TAIL=40 step tests "$TOTAL" python3 -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default \
+                --durations 10 ${ARGS:-tests} ;;
         verify) step verify "$TOTAL" python3 -m glabench verify ${IMPL:+--impl "$IMPL"} ${ARGS:-} ;;
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
         tune) step tune "$TOTAL" env GLABENCH_PLANS="$RESULTS/plans" python3 -m glabench tune \
