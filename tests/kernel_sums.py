@@ -28,7 +28,7 @@ def main():
     with oracle.poisoned_memory():
         kept = gla_launch.scaled(q, q, v, g, chunks, scale=1.0, gate=gla_launch.HEAD)
     worst = {"NaN": int(kept.totals.isnan().sum()), "before": 0.0, "after": 0.0, "between": 0.0}
-    for (start, count), sums, fixed in zip(chunks.table.tolist(), kept.totals, kept.reach, strict=True):
+    for (start, count), sums, units in zip(chunks.table.tolist(), kept.totals, kept.reach, strict=True):
         gates = (g[0, start : start + count].double() / torch.log(torch.tensor(2.0).double())).clamp(
             min=LIMIT
         )
@@ -39,7 +39,7 @@ def main():
         ):
             off = (got[:, :count] - want).abs() / want.abs().clamp(min=1e-4)
             worst[name] = max(worst[name], off.max().item())
-        found, want = fixed[:, :count].double() * UNIT, before
+        found, want = units[:, :count].double() * UNIT, before
         apart = (found[:, :, None] - found[:, None]) - (want[:, :, None] - want[:, None])
         worst["between"] = max(worst["between"], apart.abs().max().item())
     print(json.dumps(worst))  # noqa: T201

@@ -57,14 +57,12 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
     K, V, wide = point.d_k, point.d_v, point.wide
     most = 32 if wide else 64
     BK, BV = min(most, _power2(K)), min(most, _power2(V))
+    if chunk > CHUNK:
+        return Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
-    plan = Plan(chunk, BK, usual, carry, carry, usual, output, usual, usual)
-    if chunk > CHUNK:
-        eight = Launch(BV, 8, 1)
-        return Plan(chunk, BK, *([eight] * len(KERNELS)))
-    return plan
+    return Plan(chunk, BK, usual, carry, carry, usual, output, usual, usual)
 
 
 def _power2(width: int) -> int:

@@ -107,6 +107,7 @@ def common_tile(
     dq_out,
     dk_out,
     dg_out,
+    token,
     count,
     col,
     scale,
@@ -133,11 +134,11 @@ def common_tile(
     dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
     dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
     if GATED:
-        decay = centred(load_tile(g, rows, count, H * K, col, K, BK), C, PRECISION)
+        decay = centred(load_tile(g + token * K, rows, count, H * K, col, K, BK), C, PRECISION)
         x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)  # again: held, they would spill
         y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
         dg = sums_to_end(x * dq - y * dk, C, TYPE, PRECISION) + carried[None, :]
-        store_tile(dg_out, dg, rows, count, H * K, col, K, BK)
+        store_tile(dg_out + token * K, dg, rows, count, H * K, col, K, BK)
         dk *= power2(-decay)
         dq *= power2(decay) * scale
     store_tile(dk_out, dk, rows, count, H * K, col, K, BK)
@@ -298,15 +299,10 @@ def gradient_tile(
             v, do, q, k, g + token * K, total + at * K, h, dh, dq_out, dk_out, dg_out + token * K,
             count, col, scale, H, K, V, C, BK, BV, PRECISION,
         )  # fmt: skip
-    elif GATE == CHANNEL:
-        common_tile(
-            v, do, q, k, g + token * K, h, dh, dq_out, dk_out, dg_out + token * K,
-            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
-        )  # fmt: skip
-    elif GATE == NONE:
+    elif GATE == CHANNEL or GATE == NONE:  # noqa: SIM109
         common_tile(
             v, do, q, k, g, h, dh, dq_out, dk_out, dg_out,
-            count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
+            token, count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
         )  # fmt: skip
     else:
         head_tile(

@@ -154,11 +154,11 @@ def _head_sums(g: Tensor, chunks: Chunks, plan: Plan) -> tuple[Tensor, Tensor]:
     """Launch sums_kernel: running sums of g [B, T, H], as float32 and as integers."""
     T, H = g.shape[1:]
     sums = g.new_empty(chunks.total, H, 2, plan.chunk, dtype=torch.float32)
-    fixed = g.new_empty(chunks.total, H, plan.chunk, dtype=torch.int32)
+    units = g.new_empty(chunks.total, H, plan.chunk, dtype=torch.int32)
     constants = {"H": H, "C": plan.chunk, "BH": heads_together(H), "PACKED": chunks.table is not None}
     programs = -(-H // constants["BH"]) * chunks.total
-    launch(sums_kernel, programs, (g, sums, fixed, chunks.table), (T, chunks.each), constants, plan.scale)
-    return sums, fixed
+    launch(sums_kernel, programs, (g, sums, units, chunks.table), (T, chunks.each), constants, plan.scale)
+    return sums, units
 
 
 def heads_together(H: int) -> int:

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
-    FIXED_UNITS,
     LIMIT,
     LOG2E,
+    UNITS,
     after,
     before,
     centred,
@@ -75,7 +75,7 @@ def scale_kernel(
 def sums_kernel(
     g,
     sums,
-    fixed,
+    units,
     chunks,
     T,
     N,
@@ -87,7 +87,7 @@ def sums_kernel(
     """Running sums of one chunk's gates, for BH heads with one gate a token each, in base 2.
 
     Math:   sums [chunks, H, 2, C]: log decay through each token, and from after it to the chunk's end.
-            fixed [chunks, H, C]: the former as integers of C / FIXED_UNITS, whose differences are exact
+            units [chunks, H, C]: the former as integers of C / UNITS, whose differences are exact
             where those of float32 would lose a small gate beside a large one.
     Grid:   H / BH, chunks, the first fastest.
     HBM:    reads g once; writes 12 bytes a token and head.
@@ -105,4 +105,4 @@ def sums_kernel(
     at = (chunk * H + heads) * C
     tl.store(sums + 2 * at + rows, before.to(tl.float32), mask=heads < H)
     tl.store(sums + 2 * at + C + rows, after.to(tl.float32), mask=heads < H)
-    tl.store(fixed + at + rows, tl.floor(before * (FIXED_UNITS / C) + 0.5).to(tl.int32), mask=heads < H)
+    tl.store(units + at + rows, tl.floor(before * (UNITS / C) + 0.5).to(tl.int32), mask=heads < H)

@@ -13,9 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(8)  # halvings of a chunk of up to 128 tokens, and the diagonal
-FIXED_UNITS = tl.constexpr(
-    2.0**23
-)  # to 1, times the chunk's length: a chunk's sum of limited gates fits in 32 bits
+UNITS = tl.constexpr(2.0**23)  # to C: as integers of them, the sums of C limited gates fit in 32 bits
 LIMIT = tl.constexpr(60.0)  # operands stay in 2 ** +-60: far from float32's 2 ** +-126, in bf16 as well
 
 NONE = tl.constexpr(0)  # no gate
@@ -216,7 +214,14 @@ def head_decays(g, sums, at, head, rows, count, GATE: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def decayed(A, to_row, lost, fixed, at, factor, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
+def by_row_and_column(A, to_row, factor):
+    """A times the decay between row and column, as a factor for each, and times `factor`."""
+    A *= (power2(to_row) * factor)[:, None]
+    return A * power2(-to_row)[None, :]
+
+
+@triton.jit
+def decayed(A, to_row, lost, units, at, factor, GATE: tl.constexpr, MIRROR: tl.constexpr, C: tl.constexpr):
     """A [C, C], rows queries and columns keys, times the decay between them and `factor`.
 
     The other way round if MIRROR. `to_row` is what head_decays says of the row: from the chunk's start, or to
@@ -226,14 +231,12 @@ def decayed(A, to_row, lost, fixed, at, factor, GATE: tl.constexpr, MIRROR: tl.c
     if GATE == HEAD:
         if lost < -LIMIT:
             rows = tl.arange(0, C)
-            fixed += at * C
-            here, there = tl.load(fixed + rows)[:, None], tl.load(fixed + rows)[None, :]
+            units += at * C
+            here, there = tl.load(units + rows)[:, None], tl.load(units + rows)[None, :]
             apart = there - here if MIRROR else here - there
-            A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / FIXED_UNITS)) * factor
+            A *= power2(tl.minimum(apart, 0).to(tl.float32) * (C / UNITS)) * factor
         else:
-            A *= (power2(to_row) * factor)[:, None]
-            A *= power2(-to_row)[None, :]
+            A = by_row_and_column(A, to_row, factor)
     else:
-        A *= (power2(to_row) * factor)[:, None]
-        A *= power2(-to_row)[None, :]
+        A = by_row_and_column(A, to_row, factor)
     return A

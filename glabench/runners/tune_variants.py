@@ -22,8 +22,8 @@ def _launches(**kernels: list[tuple[int, ...]]) -> dict[str, tuple[Launch, ...]]
     return {name: tuple(Launch(*numbers) for numbers in found) for name, found in kernels.items()}
 
 
-_CARRY_128 = [(64, 8, 1), (64, 8, 2)]
 _CARRY = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
+_CARRY_128 = [(64, 8, 1), (64, 8, 2)]
 VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the best on some GPU, or near it
     64: _launches(
         scale=[(64, 4, 1), (64, 4, 1, 168), (64, 2, 1)],
