@@ -13,6 +13,7 @@ from glabench.rows import Row
 from glabench.suite import Suite
 
 MAX_AHEAD = 24  # processes that compile at once
+CORES_AHEAD = 2  # what one of them keeps busy: with fewer its cold start would be its neighbours' doing
 CONTEXT_MIB = 600  # of a process on a GPU
 AHEAD_COPIES = 1.5  # of inputs, outputs and gradients: what a call holds while its kernels are compiled
 
@@ -104,10 +105,11 @@ def fitting(
 ) -> list[list[Arm]]:
     """Groups of `waiting` that may start beside `flying`, in order; one that fits nowhere starts alone."""
     found: list[list[Arm]] = []
+    most = max(1, min(MAX_AHEAD, cores // CORES_AHEAD))
     left = room_mib - sum(_held_mib(group) for group in flying)
     for group in waiting:
         busy = len(flying) + len(found)
-        if busy >= min(MAX_AHEAD, cores) or (busy and _held_mib(group) > left):
+        if busy >= most or (busy and _held_mib(group) > left):
             break
         found.append(group)
         left -= _held_mib(group)
