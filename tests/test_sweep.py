@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from glabench import registry
-from glabench.cases import SHAPES, make_cases
-from glabench.runners.request import MAX_AHEAD, Arm, fitting, to_compile
+from glabench.cases import SHAPES, Shape, make_cases
+from glabench.runners.request import MAX_AHEAD, Arm, Request, fitting, to_compile
+from glabench.runners.sweep import Sweep
+from glabench.suite import Suite
 
 FAULTY = Path(__file__).with_name("faulty_impls.py")
 GOOD = "gla_chunk_torch"
@@ -178,18 +181,67 @@ def gla_arms(**how):
 
 def test_no_more_compile_at_once_than_the_devices_memory_holds():
     small, large = gla_arms(seqlens=(64,), batch=1)[:1] * 30, gla_arms(seqlens=(2**20,), batch=1)[1:]
-    assert len(fitting(small, [], 80_000)) == MAX_AHEAD
-    assert fitting(small[:3] + large * 4, [], 80_000) == small[:3] + large * 3  # of 22 GB each
-    assert 0 < len(fitting(small, large * 3, 80_000)) < MAX_AHEAD  # a context each
-    assert fitting(large, [], 100) == large  # alone, it may yet fit
-    assert fitting(large, small[:1], 100) == []
+    small, large = [[arm] for arm in small], [[small[0], arm] for arm in large]
+    assert len(fitting(small, [], 80_000, 64)) == MAX_AHEAD
+    assert len(fitting(small, small[:2], 80_000, 11)) == 3  # two cores each
+    assert len(fitting(small, [], 80_000, 1)) == 1
+    assert fitting(small[:3] + large * 4, [], 80_000, 64) == small[:3] + large * 3  # of 22 GB each
+    assert 0 < len(fitting(small, large * 3, 80_000, 64)) < MAX_AHEAD  # a context each
+    assert fitting(large, [], 100, 64) == large  # alone, it may yet fit
+    assert fitting(large, small[:1], 100, 64) == []
 
 
 def test_the_shortest_and_the_longest_case_are_compiled_ahead():
     arms = gla_arms(seqlens=(1024, 4096, 16384), tokens=16384)
-    assert [(a.case.passes, a.case.seqlen) for a in to_compile(arms)] == [
-        ("fwd_bwd", 1024),
-        ("fwd_bwd", 16384),
-    ]
+    (group,) = to_compile(arms)
+    assert [(a.case.passes, a.case.seqlen) for a in group] == [("fwd_bwd", 1024), ("fwd_bwd", 16384)]
     alone = [a for a in arms if (a.case.passes, a.case.seqlen) == ("fwd", 4096)]
-    assert to_compile(alone) == alone
+    assert to_compile(alone) == [alone]
+
+
+class Listener:
+    """Keeps what a sweep says."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def compiled_ahead(cores, names):
+    """Two shapes and three lengths of faulty implementations, compiled ahead on the CPU, by (name, case)."""
+    impls = [replace(registry.from_file(f"{FAULTY}:{name}", "gla"), compiles=True) for name in names]
+    cases = make_cases(
+        shapes=(Shape("one", 2, 4, 8, 16), Shape("two", 2, 8, 8, 16)), seqlens=(8, 16, 32), batch=1,
+        tokens=None, passes=("fwd_bwd",), dtypes=("fp32",), where="test",
+    )  # fmt: skip
+    suite, how = Suite(name="test", cases=cases), {"verbs": ("speed",), "device": "cpu", "out": None}
+    sweep = Sweep(Request(suite=suite, impls=tuple(impls), asked=names, **how), Listener())
+    sweep.memory_mib, sweep.threads = 80_000, cores
+    sweep._compile_ahead([Arm(impl, case, ("speed",)) for case in cases for impl in impls])
+    return cases, sweep
+
+
+def test_a_process_compiles_one_shape_of_an_implementation_after_the_other():
+    cases, sweep = compiled_ahead(1, ("gla_good", "gla_prints"))
+    ends = [case.key() for case in cases if case.seqlen in (8, 32)]
+    for name in ("faulty_impls:gla_good", "faulty_impls:gla_prints"):
+        found = {case: first for (impl, case), first in sweep.ahead.items() if impl == name}
+        assert sorted(found) == sorted(ends)
+        assert [first["first_in_process"] for first in found.values()] == ["yes", "no", "no", "no"]
+        assert all(first["cold_start_ms"] > 0 for first in found.values())
+
+
+def test_with_cores_to_spare_every_shape_is_compiled_in_a_process_of_its_own():
+    cases, sweep = compiled_ahead(64, ("gla_good",))
+    shortest = {case.key() for case in cases if case.seqlen == 8}
+    firsts = {case for (_, case), first in sweep.ahead.items() if first["first_in_process"] == "yes"}
+    assert len(sweep.ahead) == 4 and firsts == shortest
+
+
+def test_what_fails_ahead_is_said_and_its_longer_case_left_alone():
+    _, sweep = compiled_ahead(1, ("gla_exits", "gla_good"))
+    assert {impl for impl, _ in sweep.ahead} == {"faulty_impls:gla_good"} and len(sweep.ahead) == 4
+    failed = [text for text in sweep.watch.said if "crashed: exited with code 5" in text]
+    assert len(failed) == 2, "a shape each"

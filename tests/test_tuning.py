@@ -1,9 +1,11 @@
 """Compiling ahead of Triton's tuning, and turns on a device among workers."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,32 @@ def test_tuning_without_the_hook_is_tritons_own(tmp_path):
     found = tune(tmp_path, "plain")
     assert (found["is_ahead"], found["threads"], found["tried"]) == (False, 1, 0)
     assert found["compiled"] == 6 and found["config"].startswith("double_kernel(N=256")
+
+
+def test_others_have_the_device_while_a_kernel_without_tuning_compiles(tmp_path):
+    assert tune(tmp_path, "aside") == {"aside": [0, 1], "launched": 3}
+
+
+def test_threads_that_compile_step_aside_once_and_the_last_one_back():
+    events = []
+
+    @contextlib.contextmanager
+    def step_aside():
+        events.append("left")
+        yield
+        events.append("back")
+
+    aside = tuning.Aside()
+    aside.step_aside = step_aside
+    with aside:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(8):
+                pool.submit(aside.__enter__).result()
+                pool.submit(aside.__exit__).result()
+        assert events == ["left"]
+    assert events == ["left", "back"]
+    with aside:
+        assert events == ["left", "back", "left"]
 
 
 def test_without_triton_there_is_nothing_to_install_or_record(monkeypatch):

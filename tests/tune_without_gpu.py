@@ -75,9 +75,24 @@ def double_kernel(x, y, size, N: tl.constexpr):
     tl.store(y + at, 2 * tl.load(x + at, mask=at < size, other=0.0), mask=at < size)
 
 
+@triton.jit
+def copy_kernel(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at))
+
+
+def plain():
+    """Compile a kernel that is not tuned, twice with other constants, stepping aside; when that was."""
+    tuning.install(step_aside)
+    tuning.compile_aside()
+    tuning.compile_aside()  # a second time changes nothing
+    for width in (64, 128, 128):
+        copy_kernel[(1,)](torch.zeros(width), torch.zeros(width), width)
+    print(json.dumps({"aside": aside, "launched": len(launched)}))  # noqa: T201
+
+
 def main():
     """Print what `recording` saw, with "ahead" as argument after `install`."""
-    driver.set_active(NoGpu())
     is_ahead = sys.argv[1] == "ahead" and tuning.install(step_aside)
     if is_ahead:
         tuning.install(step_aside)  # a second time changes nothing
@@ -99,4 +114,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    driver.set_active(NoGpu())
+    if sys.argv[1] == "aside":
+        plain()
+    else:
+        main()

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
 #   tools/gpu.sh STEP...   STEP: setup doctor smoke tests verify kernels tune timing decode layers fig2
-#                          neighbours all throughput recall-try recall. `all`: the three suites, over two GPUs
-#                          where there are two; `recall`: over all.
-# Wheels of what the machine lacks are taken from .whl/, a newer ptxas from .whl/ptxas.gz; rows and logs are packed
-# into $OUT/gpu.tar.gz (default: out/) twice a minute and at the end, so that a run that is cut loses little.
+#                          neighbours all throughput recall-try recall cache. `all`: the three suites, over two
+#                          GPUs where there are two; `recall`: over all.
+# What the machine lacks is taken from .whl/: wheels, a newer ptxas as ptxas.gz, and site folders as *.tar.xz (packages,
+# perhaps a ptxas at the top). Rows and logs are packed into $OUT/gpu.tar.gz (default: out/) twice a minute and at the
+# end, so that a run that is cut loses little.
+# `cache` packs what Triton compiled, without its tuning, as $OUT/triton-cache.tar.xz: in .whl/ it spares the next
+# machine the compilation. Leave it out where cold starts are to be reported: they would be warm.
 # TOTAL: seconds for all steps together. The next call with the same SITE goes on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +20,23 @@ export GLABENCH_TUNE_MS=${GLABENCH_TUNE_MS:-20}  # of the 125 ms that Triton wou
 pack() { tar czf "$OUT/gpu.tar.part" -C "$SITE" results logs && mv "$OUT/gpu.tar.part" "$OUT/gpu.tar.gz"; }
 (while sleep 30; do pack; done) 2> /dev/null & packer=$!
 trap 'kill $packer; pack' EXIT
+
+# Triton needs the binaries, what describes them, and its launchers; the rest of an entry is for people to read.
+pack_cache() {
+    find "$SITE/triton-cache" \( -name '*.cubin' -o -name '*.json' -o -name '*.so' \) ! -name '*.autotune.json' \
+        ! -path '*/tmp.pid_*' -printf 'triton-cache/%P\n' | tar cf - -C "$SITE" -T - | python3 -c \
+        'import lzma, shutil, sys; shutil.copyfileobj(sys.stdin.buffer, lzma.open(sys.argv[1], "w"))' \
+        "$OUT/triton-cache.tar.xz"
+}
+
+unpack() {  # unpack ARCHIVE...: into SITE, and tell the entries of a Triton cache where they are now
+    local archive
+    for archive in "$@"; do
+        python3 -m tarfile -e "$archive" "$SITE" || return
+    done
+    [ ! -d "$SITE/triton-cache" ] || find "$SITE/triton-cache" -name '__grp__*' -exec \
+        sed -i "s|\"[^\"]*/triton-cache/|\"$SITE/triton-cache/|g" {} +
+}
 
 left() { echo $((TOTAL - SECONDS > 1 ? TOTAL - SECONDS : 1)); }
 
@@ -41,8 +61,10 @@ for name in "$@"; do
     case $name in
         setup)
             [ -f "$WHEELS/ptxas.gz" ] && gunzip -c "$WHEELS/ptxas.gz" > "$SITE/ptxas" && chmod +x "$SITE/ptxas"
-            step setup 120 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-                --upgrade --target "$SITE" "$WHEELS"/*.whl
+            wheels=("$WHEELS"/*.whl) archives=("$WHEELS"/*.tar.xz)
+            [ -f "${wheels[0]}" ] && step setup 120 python3 -m pip install -q --no-index --no-deps --no-compile \
+                --no-cache-dir --upgrade --target "$SITE" "${wheels[@]}"
+            [ -f "${archives[0]}" ] && { unpack "${archives[@]}" || echo "== setup: an archive is damaged" >&2; }
             [ -x "$SITE/ptxas" ] && export TRITON_PTXAS_PATH="$SITE/ptxas"
             nvidia-smi -L ;;
         doctor) TAIL=40 step doctor 90 python3 -m glabench doctor ;;
@@ -55,6 +77,7 @@ for name in "$@"; do
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
         tune) step tune "$TOTAL" env GLABENCH_PLANS="$RESULTS/plans" python3 -m glabench tune \
             --shape "${SHAPE:-340m}" ${IMPL:+--impl "$IMPL"} --limit "$(($(left) * 3 / 4 + 1))" ${ARGS:-} ;;
+        cache) pack_cache && ls -l "$OUT/triton-cache.tar.xz" ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;

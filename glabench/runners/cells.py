@@ -183,12 +183,15 @@ def prepare(args: dict[str, Any]) -> dict[str, Any]:
 def compile_ahead(args: dict[str, Any]) -> dict[str, Any]:
     """The first call alone: what it compiles and tunes is in Triton's cache when a sweep begins.
 
-    args: impl, case, device, seed, threads. The row's cold-start fields.
+    args: impl, case, device, seed, threads. The row's cold-start fields. Others have the device while this
+    compiles: whoever starts it leaves room for the inputs of all.
     """
     emit_phase("cold")
     cell = _cell(args)
+    tuning.compile_aside()
     with turns.turn(cell.device) as turn:
         _first_call(cell, turn)
+    _empty(cell)
     return asdict(_firsts[cell.key()])
 
 

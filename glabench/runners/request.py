@@ -13,6 +13,7 @@ from glabench.rows import Row
 from glabench.suite import Suite
 
 MAX_AHEAD = 24  # processes that compile at once
+CORES_AHEAD = 2  # what one of them keeps busy: with fewer its cold start would be its neighbours' doing
 CONTEXT_MIB = 600  # of a process on a GPU
 AHEAD_COPIES = 1.5  # of inputs, outputs and gradients: what a call holds while its kernels are compiled
 
@@ -83,39 +84,43 @@ def known_failure(impl: Implementation, case: Case, device: str) -> tuple[str, s
     return ("unsupported", reason) if reason else None
 
 
-def to_compile(arms: Iterable[Arm]) -> list[Arm]:
-    """Of each implementation, shape and dtype the shortest case with the most passes, then the longest ones.
+def to_compile(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """For each implementation, shape and dtype the shortest case with the most passes, and the longest.
 
-    Long sequences may be cut up by other kernels than short ones.
+    Long sequences may be cut up by other kernels than short ones; what both launch is compiled once.
     """
     groups: dict[tuple[str, str, str], list[Arm]] = {}
     for arm in arms:
         groups.setdefault((arm.impl.id, arm.case.shape, arm.case.dtype), []).append(arm)
-    firsts, lasts = [], []
+    found = []
     for group in groups.values():
         first = min(group, key=lambda a: (a.case.passes == "fwd", a.case.seqlen))
         last = max((a for a in group if a.case.passes == first.case.passes), key=lambda a: a.case.seqlen)
-        firsts.append(first)
-        lasts += [last] if last is not first else []
-    return firsts + lasts
-
-
-def fitting(waiting: Sequence[Arm], flying: Sequence[Arm], room_mib: float) -> list[Arm]:
-    """Those of `waiting` that may start beside `flying`, in order; one that fits nowhere starts alone."""
-    found: list[Arm] = []
-    left = room_mib - sum(_held_mib(arm) for arm in flying)
-    for arm in waiting:
-        busy = len(flying) + len(found)
-        if busy >= MAX_AHEAD or (busy and _held_mib(arm) > left):
-            break
-        found.append(arm)
-        left -= _held_mib(arm)
+        found.append([first] if last is first else [first, last])
     return found
 
 
-def _held_mib(arm: Arm) -> float:
-    sizes = cost.inputs_mib(arm.impl.family, arm.case) + cost.predicted_mib(arm.impl.family, arm.case)
-    return CONTEXT_MIB + AHEAD_COPIES * sizes
+def fitting(
+    waiting: Sequence[list[Arm]], flying: Sequence[list[Arm]], room_mib: float, cores: int
+) -> list[list[Arm]]:
+    """Groups of `waiting` that may start beside `flying`, in order; one that fits nowhere starts alone."""
+    found: list[list[Arm]] = []
+    most = max(1, min(MAX_AHEAD, cores // CORES_AHEAD))
+    left = room_mib - sum(_held_mib(group) for group in flying)
+    for group in waiting:
+        busy = len(flying) + len(found)
+        if busy >= most or (busy and _held_mib(group) > left):
+            break
+        found.append(group)
+        left -= _held_mib(group)
+    return found
+
+
+def _held_mib(group: list[Arm]) -> float:
+    """By a process that runs the group's cases one after the other."""
+    family = group[0].impl.family
+    sizes = [cost.inputs_mib(family, arm.case) + cost.predicted_mib(family, arm.case) for arm in group]
+    return CONTEXT_MIB + AHEAD_COPIES * max(sizes)
 
 
 def series(arm: Arm) -> tuple[str, ...]:

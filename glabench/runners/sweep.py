@@ -58,7 +58,8 @@ class Sweep:
                 if points:
                     for impl in self.request.impls:  # they import torch all at once
                         self._worker(impl.id)
-                self._compile_ahead([arm for _, arms in points for arm in arms])
+                if self.request.kind == "cuda":
+                    self._compile_ahead([arm for _, arms in points for arm in arms])
                 self.watch.begin(sum(len(arm.verbs) for _, arms in points for arm in arms))
                 for _, arms in points:
                     self._point(arms)
@@ -146,31 +147,41 @@ class Sweep:
         return RowFile.key(self._fields(verb, impl, case))
 
     def _compile_ahead(self, arms: list[Arm]) -> None:
-        """Let every (implementation, shape) that compiles do so now, side by side, in a process each.
+        """Let every (implementation, shape) that compiles do so now, as many at once as `fitting` allows.
 
-        As many at once as the device's memory holds. What they compile and tune stays in Triton's cache on
-        disk; how long it took belongs to the row of the cell that was run for it.
+        A process takes one shape of an implementation after the other. What they compile and tune stays in
+        Triton's cache on disk; how long it took belongs to the row of the cell that was run for it.
         """
-        able = [a for a in arms if a.impl.compiles and self._failure_before(a) is None]
-        waiting = to_compile(able) if self.request.kind == "cuda" else []
-        flying: dict[Worker, Arm] = {}
+        waiting = to_compile(a for a in arms if a.impl.compiles and self._failure_before(a) is None)
+        flying: dict[Worker, list[Arm]] = {}  # the case that runs, and what follows of its group
         room_mib = self.memory_mib - CONTEXT_MIB * len(self.workers)
         begun = time.perf_counter()
         while waiting or flying:
-            for arm in fitting(waiting, list(flying.values()), room_mib):
-                waiting.remove(arm)
-                self.watch.say(f"compiling ahead: {arm.impl.id}, {arm.case.describe()}")
-                worker = Worker(f"ahead {arm.impl.id}", env=TUNE_ONCE)
-                worker.start(f"{CELLS}:compile_ahead", self._arguments(arm), limits=self._limits())
-                flying[worker] = arm
+            for group in fitting(waiting, list(flying.values()), room_mib, self.threads):
+                waiting.remove(group)
+                worker = Worker(f"ahead {group[0].impl.id}", env=TUNE_ONCE)
+                flying[worker] = self._start_ahead(worker, group)
             for worker, outcome in wait_any(list(flying), timeout=1.0):
-                arm = flying.pop(worker)
-                worker.close()
+                arm, *rest = flying.pop(worker)
                 if outcome.status == "ok":
                     self.ahead[arm.impl.id, arm.case.key()] = outcome.value
                 else:
                     self.watch.say(f"{arm.impl.id}: {outcome.status}: {outcome.reason}")
+                    rest = []  # the longer case would end no better
+                same = [] if rest else [g for g in waiting if g[0].impl.id == arm.impl.id]
+                for group in fitting(same, list(flying.values()), room_mib, self.threads)[:1]:
+                    waiting.remove(group)
+                    rest = group
+                if rest:
+                    flying[worker] = self._start_ahead(worker, rest)
+                else:
+                    worker.close()
         self.call_s += time.perf_counter() - begun
+
+    def _start_ahead(self, worker: Worker, group: list[Arm]) -> list[Arm]:
+        self.watch.say(f"compiling ahead: {group[0].impl.id}, {group[0].case.describe()}")
+        worker.start(f"{CELLS}:compile_ahead", self._arguments(group[0]), limits=self._limits())
+        return group
 
     # --- one grid point -----------------------------------------------------------------------------------
 

@@ -6,7 +6,10 @@ that Triton 3.5+ has are used; where they are missing, tuning goes on as Triton 
 """
 
 import contextlib
+import functools
+import importlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +43,33 @@ class Record:
         return "cold" if self.compiled else "warm" if self.loaded else ""
 
 
+class Aside:
+    """Steps aside once for all threads that compile: the first leaves the device, the last takes it back."""
+
+    def __init__(self) -> None:
+        self.step_aside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self.waited_s = 0.0  # for the others to let the device go
+        self._lock, self._inside, self._stack = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stack.enter_context(self.step_aside())
+            self._inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:  # held while waiting: nobody here begins to compile as if the device were free
+            self._inside -= 1
+            if not self._inside:
+                begun = time.perf_counter()
+                self._stack.close()
+                self.waited_s += time.perf_counter() - begun
+
+
+# Where Triton finds its compilers when it needs them: of kernels, and of the C code that launches them.
+COMPILERS = (("triton.compiler", "compile"), ("triton.backends.nvidia.driver", "compile_module_from_src"))
 _records: list[Record] = []
-_step_aside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+_aside = Aside()
 
 
 def install(step_aside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> bool:
@@ -49,8 +77,7 @@ def install(step_aside: Callable[[], AbstractContextManager[Any]] = contextlib.n
 
     `step_aside()` is entered while compiling: the device is free for others then.
     """
-    global _step_aside
-    _step_aside = step_aside
+    _aside.step_aside = step_aside
     try:
         from triton.runtime.autotuner import Autotuner
     except ImportError:
@@ -60,6 +87,29 @@ def install(step_aside: Callable[[], AbstractContextManager[Any]] = contextlib.n
     if not hasattr(Autotuner._bench, "glabench"):
         _hook(Autotuner)
     return _async_mode() is not None
+
+
+def compile_aside() -> None:
+    """From now on step aside, as `install` was told, whenever Triton compiles, not only while it tunes.
+
+    What Triton has first called before keeps its compiler. Does nothing where Triton has no such parts.
+    """
+    for module, name in COMPILERS:
+        with contextlib.suppress(ImportError, AttributeError):
+            place = importlib.import_module(module)
+            function = getattr(place, name)
+            if not hasattr(function, "glabench"):
+                setattr(place, name, _set_aside(function))
+
+
+def _set_aside(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _aside:
+            return function(*args, **kwargs)
+
+    call.glabench = True
+    return call
 
 
 def _async_mode() -> Any:
@@ -80,14 +130,15 @@ def _hook(autotuner: Any) -> None:
         return configs
 
     def _bench(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
-        begun = time.perf_counter()
+        begun, waited_s = time.perf_counter(), _aside.waited_s
         pending = self.__dict__.pop(PENDING, ())
         if len(pending) > 1:
-            begun += compile_ahead(self, args, meta, pending)
+            compile_ahead(self, args, meta, pending)
         _bound_timing(self)
         timing = bench(self, *args, config=config, **meta)
+        spent_s = time.perf_counter() - begun - (_aside.waited_s - waited_s)
         for record in _records:
-            record.tune_s += time.perf_counter() - begun
+            record.tune_s += spent_s
             record.tried += 1
         return timing
 
@@ -95,21 +146,16 @@ def _hook(autotuner: Any) -> None:
     autotuner.prune_configs, autotuner._bench = prune_configs, _bench
 
 
-def compile_ahead(tuner: Any, args: tuple[Any, ...], meta: dict[str, Any], configs: list[Any]) -> float:
-    """Compile every configuration in threads; errors are left to the timing that meets them again.
-
-    Returns the seconds spent waiting for others when stepping back in, which are not tuning.
-    """
+def compile_ahead(tuner: Any, args: tuple[Any, ...], meta: dict[str, Any], configs: list[Any]) -> None:
+    """Compile every configuration in threads; errors are left to the timing that meets them again."""
     mode = _async_mode()
     if mode is None or not _is_compiled(tuner):
-        return 0.0
-    with _step_aside(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        with contextlib.suppress(Exception), mode(pool, ignore_errors=True):
-            for config in configs:
-                with contextlib.suppress(Exception):
-                    tuner.fn.run(*args, **{**meta, **config.all_kwargs(), "warmup": True})
-        done = time.perf_counter()
-    return time.perf_counter() - done
+        return
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with _aside, pool, contextlib.suppress(Exception), mode(pool, ignore_errors=True):
+        for config in configs:
+            with contextlib.suppress(Exception):
+                tuner.fn.run(*args, **{**meta, **config.all_kwargs(), "warmup": True})
 
 
 def _is_compiled(tuner: Any) -> bool:
