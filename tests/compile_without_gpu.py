@@ -10,32 +10,35 @@ import triton.compiler
 import tune_without_gpu
 from triton.runtime import driver
 
-from glabench.kernels import gla_launch
+from glabench.kernels import gla_configs, gla_launch
 
 GATES = (gla_launch.NONE, gla_launch.FIXED, gla_launch.HEAD, gla_launch.CHANNEL)
 compiled_in, names = [], set()
 
 
-def passes(gate, times=1):
-    """Forward and backward passes of one head of 16x16 channels."""
-    q, k, v = (torch.zeros(1, 70, 1, 16, dtype=torch.bfloat16) for _ in range(3))
+def passes(gate, times=1, K=16, keep=True):
+    """Forward and, to keep, backward passes of one head of Kx16 channels."""
+    q, k, v = (torch.zeros(1, 70, 1, width, dtype=torch.bfloat16) for width in (K, K, 16))
     g = {gla_launch.NONE: None, gla_launch.FIXED: torch.zeros(1), gla_launch.HEAD: q[..., 0].clone()}.get(
         gate, q
     )
     how = {"scale": 0.25, "gate": gate}
     for _ in range(times):
-        _, _, kept = gla_launch.forward(q, k, v, g, None, None, **how, output_final_state=False, keep=True)
+        _, _, kept = gla_launch.forward(q, k, v, g, None, None, **how, output_final_state=False, keep=keep)
+        if kept is None:
+            continue
         gla_launch.backward(v, None, q, k, v, g, kept, None, **how, wants_d_initial=False)
 
 
 def main():
     """Print how many kernels were compiled in this thread and in others, and how many launches there were.
 
-    With "all", the names of the kernels that every kind of gate launches, carried and not.
+    With "all", the names of the kernels that every kind of gate launches, carried, in wide states, and not.
     """
     driver.set_active(tune_without_gpu.NoGpu())
     gla_launch._on = lambda device: nullcontext()
     gla_launch.CARRY_PROGRAMS = 0
+    gla_configs.WIDEST_STATE[False] = 256
     own, compile_one = threading.get_ident(), triton.compiler.compile
 
     def compile_and_note(*args, **kwargs):
@@ -48,6 +51,9 @@ def main():
         for gla_launch.CARRY_PROGRAMS in (0, 1e9):
             for gate in GATES:
                 passes(gate)
+                passes(gate, K=144, keep=gate == gla_launch.CHANNEL)
+        gla_launch.CARRY_PROGRAMS = 0
+        passes(gla_launch.CHANNEL, K=144, keep=False)
         print(json.dumps({"kernels": sorted(names), "launches": len(tune_without_gpu.launched)}))  # noqa: T201
         return
     passes(gla_launch.NONE, times=2)

@@ -10,13 +10,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
 
-from glabench.kernels import ahead, gla_launch
+from glabench.kernels import ahead, gla_chunks, gla_configs, gla_launch
 
 POINTS = {  # gate, T, whether one kernel carries the state, whether a state comes in, whether states are kept
     "channel": (3, 130, False, True, True),
     "channel, carried": (3, 130, True, False, True),
     "channel, carried, no gradients": (3, 70, True, True, False),
     "channel, segments": (3, 260, False, False, True),
+    "channel, wide": (3, 130, "wide", True, True),
+    "channel, wide, no gradients": (3, 70, "wide", False, False),
+    "head, wide, no gradients": (2, 130, "wide", True, False),
     "none, carried": (0, 130, True, False, True),
     "fixed, carried": (1, 70, True, True, True),
     "head": (2, 70, False, False, True),
@@ -24,11 +27,11 @@ POINTS = {  # gate, T, whether one kernel carries the state, whether a state com
 }
 
 
-def tensors(gate, T, has_state):
+def tensors(gate, T, K, has_state):
     """q, k, v, g and a state."""
-    q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
-    g = {3: -torch.rand(1, T, 1, 16), 2: -torch.rand(1, T, 1), 1: -torch.rand(1)}.get(gate)
-    return q, k, v, g, torch.randn(1, 1, 16, 16) if has_state else None, None
+    q, k = torch.randn(1, T, 1, K), torch.randn(1, T, 1, K)
+    g = {3: -torch.rand(1, T, 1, K), 2: -torch.rand(1, T, 1), 1: -torch.rand(1)}.get(gate)
+    return q, k, torch.randn(1, T, 1, 16), g, torch.randn(1, 1, K, 16) if has_state else None, None
 
 
 def kind(asked):
@@ -52,12 +55,13 @@ def main():
 
             return run
 
-    for name in ("scale", "carry", "state", "output", "gradient", "exact", "sums"):
+    for name in ("scale", "carry", "state", "output", "gradient", "exact", "sums", "scores", "wide"):
         setattr(gla_launch, f"{name}_kernel", Watched(getattr(gla_launch, f"{name}_kernel")))
+    gla_configs.WIDEST_STATE[True] = 256
     for name, (gate, T, is_carried, has_state, keep) in POINTS.items():
         gla_launch.CARRY_PROGRAMS = 0 if is_carried else 1e9
-        gla_launch.SEGMENT = 64 if "segments" in name else 4096
-        given = tensors(gate, T, has_state)
+        gla_chunks.SEGMENT = 64 if "segments" in name else 4096
+        given = tensors(gate, T, 80 if is_carried == "wide" else 16, has_state)
         how = {"scale": 0.25, "gate": gate, "output_final_state": False, "keep": keep}
         planned = ahead.launches(torch.device("cpu"), lambda: gla_launch._whole(given, how))  # noqa: B023
         made.clear()

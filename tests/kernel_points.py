@@ -16,7 +16,7 @@ from family_calls import call, case
 from glabench import oracle
 from glabench.inputs import make_state
 from glabench.kernels import gla_chunk as kernels
-from glabench.kernels import gla_configs, gla_launch, plan_files
+from glabench.kernels import gla_chunks, gla_configs, gla_launch, plan_files
 
 FUNCTIONS = {
     "gla": kernels.gla_chunk,
@@ -41,9 +41,10 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
         del options["initial_state"], options["d_state"]
     if how.pop("gate_dtype", None) == "fp16":  # products of float16 gates are exact, in the interpreter too
         tensors["g"] = tensors["g"].half()
-    gla_launch.SEGMENT = 64 * how.pop("segment", 64)
+    gla_chunks.SEGMENT = 64 * how.pop("segment", 64)
     # one kernel for states and output, however few its programs; else never
     gla_launch.CARRY_PROGRAMS = 0 if how.pop("carried", False) else 1e9
+    gla_configs.WIDEST_STATE[True] = 256 if how.pop("wide", False) else 0
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
     given = {"cu_seqlens": options.get("cu_seqlens"), "output_final_state": states, **how}
     if how.pop("strided", False):

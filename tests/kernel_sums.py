@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import torch
 
 from glabench import oracle
-from glabench.kernels import gla_launch
+from glabench.kernels import gla_chunks, gla_launch
 
 BOUNDS = (0, 1, 64, 129, 200)
 GATES = (-1e4, -20.0, -1.7, -1e-4, 0.0)
@@ -24,9 +24,9 @@ def main():
     T, heads = BOUNDS[-1], HEADS
     g = torch.tensor(GATES)[torch.randint(len(GATES), (1, T, heads))] * torch.rand(1, T, heads)
     q, v = torch.randn(1, T, heads, 16), torch.randn(1, T, heads, 16)
-    chunks = gla_launch.chunks_of(1, T, torch.tensor(BOUNDS), gla_launch.chunk_size(q, v, gla_launch.HEAD))
+    chunks = gla_chunks.chunks_of(1, T, torch.tensor(BOUNDS), gla_launch.chunk_size(q, v, gla_launch.HEAD))
     with oracle.poisoned_memory():
-        kept = gla_launch.scaled(q, q, v, g, chunks, scale=1.0, gate=gla_launch.HEAD)
+        kept = gla_launch.scaled(q, q, v, g, chunks, scale=1.0, gate=gla_launch.HEAD, has_scores=False)
     worst = {"NaN": int(kept.totals.isnan().sum()), "before": 0.0, "after": 0.0, "between": 0.0}
     for (start, count), sums, units in zip(chunks.table.tolist(), kept.totals, kept.reach, strict=True):
         gates = (g[0, start : start + count].double() / torch.log(torch.tensor(2.0).double())).clamp(

@@ -14,7 +14,7 @@ from family_calls import case
 
 from glabench import oracle
 from glabench.inputs import make_inputs, make_state
-from glabench.kernels import gla_chunk, gla_launch, gla_step
+from glabench.kernels import gla_chunk, gla_chunks, gla_step
 
 STEPS = {
     "gla": gla_step.gla_recurrent_step,
@@ -62,7 +62,7 @@ def errors(family, T, d_k, d_v, call="step", regime="trained", dtype="fp32", sta
     tensors, bounds = make_inputs(family, of, "cpu", how.get("seed", 0), regime=regime), how.get("bounds")
     first = make_state(family, of, "cpu", 2, len(bounds) - 1 if bounds else None)
     given, scale = tensors, how.get("scale")
-    gla_launch.multiprocessors = lambda device: how.get("multiprocessors", 1)  # few programs: they cost most
+    gla_chunks.multiprocessors = lambda device: how.get("multiprocessors", 1)  # few programs: they cost most
     gla_step._plan.cache_clear()
     if how.get("strided"):  # heads before tokens, and every second row of a tensor that is twice as long
         twice = {n: x.transpose(1, 2).repeat_interleave(2, 0) for n, x in tensors.items()}

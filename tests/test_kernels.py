@@ -78,6 +78,29 @@ SETS = {
             ("simple_gla", "mixed"),
         )
     ],
+    "wide states": [
+        _point(f, T, K, V, heads=1, form=form, regime=r, states=T != 65, carried=True, wide=True)
+        for f, T, K, V, form, r in (
+            ("gla", 65, 96, 48, "materialised", "trained"),
+            ("gla", 130, 80, 16, "materialised", "mixed"),
+            ("gla", 130, 96, 48, "recompute", "extreme"),
+            ("gla", 130, 64, 32, "recompute", "mixed"),
+            ("gla", 65, 64, 96, "recompute", "trained"),
+            ("linear_attention", 130, 96, 48, "recompute", "trained"),
+            ("retention", 65, 80, 16, "recompute", "trained"),
+            ("simple_gla", 130, 96, 16, "recompute", "trained"),
+            ("simple_gla", 130, 80, 16, "recompute", "mixed"),
+        )
+    ]
+    + [
+        _point(f, 200, 80, 16, heads=1, bounds=PACKED, regime="mixed", form=form, carried=True, wide=True)
+        for f, form in (("gla", "materialised"), ("gla", "recompute"), ("simple_gla", "recompute"))
+    ]
+    + [
+        _point(f, 290, 80, 16, heads=1, segment=1, regime="mixed", form=form, carried=True, wide=True)
+        for f, form in (("gla", "materialised"), ("simple_gla", "recompute"))
+    ],
+    "scores from memory": [_point("gla", 130, 96, 48, heads=1, regime=r) for r in ("trained", "mixed")],
     "longer chunks": [
         _point(f, 200, 48, 32, heads=1, carried=carried, chunk=128)
         for f in FAMILIES
@@ -135,6 +158,7 @@ def test_a_first_call_compiles_all_its_kernels_side_by_side_and_once(tmp_path):
 def test_every_kernel_of_every_gate_compiles_for_hopper_as_calls_launch_it(tmp_path):
     (found,) = _run("compile_without_gpu.py", "all", TRITON_CACHE_DIR=str(tmp_path))
     both = {"scale_kernel", "sums_kernel", "state_kernel", "output_kernel", "carry_kernel", "gradient_kernel"}
+    both |= {"scores_kernel", "wide_kernel", "exact_kernel"}
     assert set(found["kernels"]) == both
     assert found["launches"] > 30
 

@@ -24,9 +24,10 @@ from glabench.kernels.gla_carry import carry_kernel
 from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
-from glabench.kernels.gla_scale import scale_kernel, sums_kernel
+from glabench.kernels.gla_scale import scale_kernel, scores_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_step import STRIDES, recurrent_kernel
+from glabench.kernels.gla_wide import wide_kernel
 from glabench.kernels.plan_files import Point
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
@@ -37,30 +38,37 @@ KERNELS = {
     "scale": scale_kernel,
     "sums": sums_kernel,
     "carry": carry_kernel,
+    "wide": wide_kernel,
     "state": state_kernel,
     "output": output_kernel,
     "gradient": gradient_kernel,
     "exact": exact_kernel,
+    "scores": scores_kernel,
     "recurrent": recurrent_kernel,
 }
-PLANNED = {"sums": "scale"}  # kernels that share a launch
-REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
+PLANNED = {"sums": "scale", "scores": "scale"}  # kernels that share a launch
+REVERSIBLE, HARDENED = ("carry", "wide", "state", "output"), ("output", "gradient")
 DEVICE = "h100_sxm"  # whose plan file is taken
 BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
 
 
-def exists(name, gate, K, BK, reverse, hard):
+def exists(name, gate, K, BK, reverse, hard, wide):
     """Whether a call may launch this."""
     if (hard and (gate != "channel" or name not in HARDENED)) or (reverse and name not in REVERSIBLE):
         return False
-    if name in ("carry", "exact") and BK * 2 < K:
-        return False
+    if name in ("carry", "wide", "scores"):
+        point = Point(K, 0, GATES[gate], wide)
+        kinds = [gla_configs.carriers(point, BK, keep) for keep in ((True,) if reverse else (True, False))]
+        if name == "scores":
+            return gate != "channel" and any(gla_configs.WIDE in kind for kind in kinds)
+        return any(name in kind for kind in kinds)
     return {"scale": "channel", "exact": "channel", "sums": "head"}.get(name, gate) == gate
 
 
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     """The kernel's signature and constants as the launch gives them, pointers and widths aligned to 16."""
     kernel, x = KERNELS[name], POINTERS[dtype]
+    point = Point(K, V, gate, dtype != "bf16")
     state = "*bf16" if dtype == "bf16" else "*fp32"
     types = {
         **dict.fromkeys(("q", "k", "v", "do", "o", "dq_out", "dk_out"), x),
@@ -68,8 +76,9 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         "dg_out": x if gate == GATES["channel"] else "*fp32",
         **dict.fromkeys(("total", "first", "last", "sums"), "*fp32"),
         **dict.fromkeys(("reach", "fixed"), "*fp32" if gate == GATES["channel"] else "*i32"),
-        **dict.fromkeys(("h", "dh", "q_out", "k_out"), state),
+        **dict.fromkeys(("h", "dh", "q_out", "k_out", "scores"), state),
         **dict.fromkeys(("bounds", "offsets", "chunks"), "*i64"),
+        "units": "*i32",
         "scale": "fp32",
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
         **dict.fromkeys(STRIDES, "i64"),
@@ -79,6 +88,13 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     constants |= {"SEGMENTS": 1, "KEEP": True, "BH": gla_launch.heads_together(H)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
+    is_stored = name != "wide" or gla_configs.WIDE in gla_configs.carriers(point, plan.BK, True)
+    has_scores = name in ("wide", "scores") or (gate == GATES["channel"] and K > 2 * plan.BK and not hard)
+    constants |= {"SCORES": has_scores, "APART": launch.warps > 4, "KEEP": is_stored}
+    if name in ("wide", "exact"):
+        constants |= {"BK": triton.next_power_of_2(K), "TILES": -(-K // plan.BK)}
+    absent += [] if has_scores else ["scores"]
+    absent += [] if is_stored else ["h"]
     if name == "recurrent":
         constants |= {"KP": plan.BK, "HAS_FIRST": True, "HAS_LAST": True, "UNIT": 16}
     else:
@@ -141,6 +157,7 @@ def main():
     parser.add_argument("--gates", nargs="+", default=list(GATES))
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS))
     args = parser.parse_args()
+    gla_configs.WIDEST_STATE[False] = 256  # compiled whether or not calls take it
     for shape in args.shapes:
         H, K, V = SHAPES[shape]
         for gate in args.gates:
@@ -150,7 +167,7 @@ def main():
             if "recurrent" in args.kernels:
                 recurrent(shape, gate, args.dtype)
             for name, reverse, hard in kinds:
-                if not exists(name, gate, K, plan.BK, reverse, hard):
+                if not exists(name, gate, K, plan.BK, reverse, hard, args.dtype != "bf16"):
                     continue
                 launch = (
                     plan.carry_back if name == "carry" and reverse else getattr(plan, PLANNED.get(name, name))

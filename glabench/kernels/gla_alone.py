@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from glabench.kernels import gla_launch
+from glabench.kernels.gla_chunks import Chunks, chunks_of
+from glabench.kernels.gla_configs import CARRY, WIDE
 from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, Kept
 
 LOSS = -0.05  # of a state made up, in nats: what the values are does not change what is launched
@@ -30,12 +32,17 @@ def uses_of(
     """
     if gate == FIXED:
         g = gla_launch.retention_gates(q.shape[2], q.device)
-    chunks = gla_launch.chunks_of(*q.shape[:2], None, gla_launch.chunk_size(q, v, gate))
+    chunks = chunks_of(*q.shape[:2], None, gla_launch.chunk_size(q, v, gate))
     how = {"scale": q.shape[3] ** -0.5, "gate": gate}
-    kept = gla_launch.scaled(q, k, v, g, chunks, **how) if scaled else _unscaled(q, k, v, chunks, gate)
+
+    def make() -> Kept:
+        return gla_launch.scaled(q, k, v, g, chunks, **how, has_scores=_has_scores(q, v, gate))
+
+    kept = make() if scaled else _unscaled(q, k, v, chunks, gate)
     draw = functools.partial(torch.randn, generator=torch.Generator(q.device).manual_seed(0), device=q.device)
     size, dtype = (chunks.total, q.shape[2], v.shape[3], q.shape[3]), gla_launch.state_dtype(q.dtype)
     kept = kept._replace(states=draw(size, dtype=dtype))
+    two = kept if gla_launch.keeps_scores(q, v, gate) else kept._replace(scores=None)
     do, dh = draw(v.shape, dtype=v.dtype), draw(size, dtype=dtype)
     h, o = torch.empty_like(dh), torch.empty_like(v)
     dq, dk, dg = torch.empty_like(q), torch.empty_like(k), gla_launch.empty_dg(g, gate, q, v)
@@ -51,27 +58,38 @@ def uses_of(
     states = calls(h)
     outputs, both, grads = calls(o), calls(h, o), calls(dq, dk, dg)
     return {
-        "scale": Alone(lambda: run.scaled(q, k, v, g, chunks, **how), lambda made: list(made[1:])),
-        "carry": Alone(lambda: run.run_carry(xs, ys, v, g, kept, h, o, *ends, **on), both),
-        "carry back": Alone(lambda: run.run_carry(ys, xs, do, g, kept, h, o, *ends, **back), both),
-        "carry alone": Alone(lambda: run.run_carry(xs, ys, v, g, kept, None, o, *ends, **on), outputs),
+        "scale": Alone(make, lambda made: [x for x in made if x is not None]),
+        "carry": Alone(lambda: run.run_carry(CARRY, xs, ys, v, g, kept, h, o, *ends, **on), both),
+        "carry back": Alone(lambda: run.run_carry(CARRY, ys, xs, do, g, kept, h, o, *ends, **back), both),
+        "carry alone": Alone(lambda: run.run_carry(CARRY, xs, ys, v, g, kept, None, o, *ends, **on), outputs),
+        "wide": Alone(lambda: run.run_carry(WIDE, xs, ys, v, g, kept, h, o, *ends, **on), both),
+        "wide back": Alone(lambda: run.run_carry(WIDE, ys, xs, do, g, kept, h, o, *ends, **back), both),
+        "wide alone": Alone(lambda: run.run_carry(WIDE, xs, ys, v, g, kept, None, o, *ends, **on), outputs),
         "state": Alone(lambda: run.run_state(ys, v, g, kept, h, *ends, **on), states),
         "state back": Alone(lambda: run.run_state(xs, do, g, kept, h, *ends, **back), states),
-        "output": Alone(lambda: run.run_output(xs, ys, v, g, kept, kept.states, o, chunks, **on), outputs),
-        "output back": Alone(lambda: run.run_output(ys, xs, do, g, kept, dh, o, chunks, **back), outputs),
+        "output": Alone(lambda: run.run_output(xs, ys, v, g, two, two.states, o, chunks, **on), outputs),
+        "output back": Alone(lambda: run.run_output(ys, xs, do, g, two, dh, o, chunks, **back), outputs),
         "gradient": Alone(gradient, grads),
     }
 
 
-def _unscaled(q: Tensor, k: Tensor, v: Tensor, chunks: gla_launch.Chunks, gate: int) -> Kept:
+def _has_scores(q: Tensor, v: Tensor, gate: int) -> bool:
+    """Whether a call of these widths may make scores once."""
+    return gla_launch.keeps_scores(q, v, gate) or WIDE in gla_launch.carriers(q, v, gate, keep=False)
+
+
+def _unscaled(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, gate: int) -> Kept:
     H, K = q.shape[2:]
-    like = {"dtype": torch.float32, "device": q.device}
+    like, dtype = {"dtype": torch.float32, "device": q.device}, gla_launch.state_dtype(q.dtype)
+    scores = None
+    if _has_scores(q, v, gate):
+        scores = torch.zeros(chunks.total, H, chunks.size, chunks.size, dtype=dtype, device=q.device)
     if gate == HEAD:
         sums = torch.full((chunks.total, H, 2, chunks.size), LOSS, **like)
-        return Kept(None, sums, torch.zeros_like(sums[:, :, 0], dtype=torch.int32), q, k)
+        return Kept(None, sums, torch.zeros_like(sums[:, :, 0], dtype=torch.int32), q, k, scores)
     if gate != CHANNEL:
-        return Kept(None, None, None, q, k)
-    blocks, dtype = gla_launch.key_blocks(q, v, gate), gla_launch.state_dtype(q.dtype)
+        return Kept(None, None, None, q, k, scores)
+    blocks = gla_launch.key_blocks(q, v, gate)
     totals = torch.full((chunks.total, H, K), LOSS, **like)
     reach = torch.full((chunks.total, H, blocks), LOSS, **like)
-    return Kept(None, totals, reach, q.to(dtype), k.to(dtype))
+    return Kept(None, totals, reach, q.to(dtype), k.to(dtype), scores)

@@ -168,7 +168,7 @@ class ChunkFunction(torch.autograd.Function):
         keep = form == "materialised" or (form == "auto" and any(ctx.needs_input_grad))
         options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
         o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *(kept or (None,) * 5))
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *(kept or (None,) * 6))
         ctx.scale, ctx.gate = scale, gate
         ctx.set_materialize_grads(False)
         return o, final
@@ -232,14 +232,14 @@ def chunk_op(
     gate: int,
     output_final_state: bool,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward pass needs: Kept, its q and k only where they are scaled."""
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
     options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": not recompute}
     o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-    made = kept or (None,) * 5
+    made = kept or (None,) * 6
     if gate != CHANNEL:
-        made = (*made[:3], None, None)
+        made = (*made[:3], None, None, None)
     return o, *(_or_nothing(q, x) for x in (final, *made))
 
 
@@ -257,6 +257,7 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
     blocks = gla_launch.key_blocks(q, v, gate)
     totals = {HEAD: (chunks, H, 2, size), CHANNEL: (chunks, H, K)}.get(gate, 0)
     reach = {HEAD: (chunks, H, size), CHANNEL: (chunks, H, blocks)}.get(gate, 0)
+    has_scores = not recompute and gla_launch.keeps_scores(q, v, gate)
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
         q.new_empty((rows, H, K, V) if output_final_state else 0, dtype=wide),
@@ -271,6 +272,9 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
             else q.new_empty(0, dtype=wide)
             for x in (q, k)
         ),
+        q.new_empty(chunks, H, size, size, dtype=gla_launch.state_dtype(q.dtype))
+        if has_scores
+        else q.new_empty(0, dtype=wide),
     )
 
 
@@ -295,6 +299,7 @@ def chunk_backward_op(
     reach: Tensor,
     scaled_q: Tensor,
     scaled_k: Tensor,
+    scores: Tensor,
     scale: float,
     gate: int,
     recompute: bool,
@@ -302,7 +307,7 @@ def chunk_backward_op(
     """Gradients of q, k, v, g and the initial state."""
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
     scaled = (scaled_q, scaled_k) if gate == CHANNEL else (q, k)
-    kept = None if recompute else Kept(states, totals, reach, *scaled)
+    kept = None if recompute else Kept(states, totals, reach, *scaled, scores if scores.numel() else None)
     wants = initial_state is not None
     found = _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, scale, gate, wants)
     return tuple(_or_nothing(q, x) for x in found)

@@ -7,9 +7,15 @@ from contextlib import contextmanager
 
 from glabench.installed import cuda_device_name, device_slug
 from glabench.kernels import plan_files
-from glabench.kernels.plan_files import KERNELS, Launch, Plan, Point
+from glabench.kernels.plan_files import GATES, KERNELS, Launch, Plan, Point
 
 CHUNK = 64  # tokens: larger ones move fewer bytes, but leave fewer programs a multiprocessor
+CARRY, WIDE = "carry", "wide"  # kernels that carry the state of a whole head
+# Key channels that WIDE takes, by whether arithmetic is float32's. 256 fit in 16-bit arithmetic; 0, which is
+# off, until whole calls with it have been checked and timed on a GPU (README.md, "Versions").
+WIDEST_STATE = {False: 0, True: 0}
+
+CHANNEL = GATES.index("channel")
 
 _tried: dict[Point, Plan] = {}
 
@@ -50,7 +56,7 @@ def in_force(point: Point, plan: Plan) -> Iterator[None]:
 
 
 def rule(point: Point, chunk: int = CHUNK) -> Plan:
-    """Tiles of 64x64; a carried state of two key blocks is narrower, and outputs wider, where V allows.
+    """Tiles of 64x64; a carried state of two key blocks is narrower, outputs and wide states wider.
 
     Longer chunks take eight warps.
     """
@@ -61,8 +67,22 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
         return Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
+    whole = Launch(min(128, _power2(V)), 8, 1) if K > 2 * BK else Launch(BV, 4, 2)
+    exact = dataclasses.replace(usual, BV=max(16, BV * BK // _power2(K)))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
-    return Plan(chunk, BK, usual, carry, carry, usual, output, usual, usual)
+    return Plan(chunk, BK, usual, carry, carry, whole, usual, output, usual, exact)
+
+
+def carriers(point: Point, BK: int, keep: bool) -> tuple[str, ...]:
+    """Kernels that hold the state of a whole head of these widths, the faster first.
+
+    WIDE takes scores from memory. With gates a channel they come with scaled q and k; else they cost a pass,
+    which pays where no states are stored. Two blocks of keys that are stored are faster in CARRY.
+    """
+    blocks = -(-point.d_k // BK)
+    pays = (blocks > 2 or not keep) if point.gate == CHANNEL else (blocks > 2 and not keep)
+    wide = blocks > 1 and pays and point.d_k <= WIDEST_STATE[point.wide]
+    return (WIDE,) * wide + (CARRY,) * (blocks <= 2)
 
 
 def _power2(width: int) -> int:

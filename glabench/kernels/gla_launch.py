@@ -1,5 +1,6 @@
 """Memory and launches of the chunk kernels: forward and backward of one call, for every kind of gate."""
 
+import dataclasses
 import functools
 import itertools
 from contextlib import nullcontext
@@ -9,20 +10,30 @@ import torch
 import triton
 from torch import Tensor
 
-from glabench.kernels import ahead, gla_tiles
-from glabench.kernels.arguments import check_bounds
+from glabench.kernels import ahead, gla_configs, gla_tiles, plan_files
 from glabench.kernels.gla_carry import carry_kernel
+from glabench.kernels.gla_chunks import (
+    WIDE_BYTES,
+    Chunks,
+    chunks_of,
+    multiprocessors,
+    row_table,
+    segments_in,
+    segments_of,
+    shared_memory,
+)
 from glabench.kernels.gla_configs import Launch, Plan, plan_for
 from glabench.kernels.gla_exact import exact_kernel
 from glabench.kernels.gla_gradient import gradient_kernel
 from glabench.kernels.gla_output import output_kernel
-from glabench.kernels.gla_scale import scale_kernel, sums_kernel
+from glabench.kernels.gla_scale import scale_kernel, scores_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
+from glabench.kernels.gla_wide import wide_kernel
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
-SEGMENT = 4096  # tokens: shorter segments cost more than they save
+WIDE = gla_configs.WIDE
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
@@ -32,6 +43,7 @@ class Kept(NamedTuple):
     Chunk states [chunks, H, V, K]; for gates a channel also the chunks' log decays `totals` [chunks, H, K],
     their least in each tile, `reach` [chunks, H, K blocks], and q and k [B, T, H, K] times their decays; for
     gates a head, what sums_kernel makes of them, `totals` [chunks, H, 2, C] and `reach` [chunks, H, C].
+    `scores` [chunks, H, C, C], with decays and scale, where keeps_scores.
     """
 
     states: Tensor | None
@@ -39,17 +51,7 @@ class Kept(NamedTuple):
     reach: Tensor | None
     q: Tensor
     k: Tensor
-
-
-class Chunks(NamedTuple):
-    """Where chunks of `size` lie: `table` [total, 2] of start and length, `offsets` [rows + 1], if packed."""
-
-    size: int
-    rows: int
-    each: int
-    total: int
-    table: Tensor | None = None
-    offsets: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def forward(
@@ -89,17 +91,14 @@ def _forward(
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
     o = torch.empty_like(v)
-    kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)
-    carried = carries(q, v, gate, chunks)
-    if keep or not carried:
+    carrier = carrier_of(q, v, gate, chunks, keep=keep)
+    has_scores = carrier == WIDE or keeps_scores(q, v, gate)
+    kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate, has_scores=has_scores)
+    if keep or carrier is None:
         kept = kept._replace(states=_empty_states(k, v, chunks))
     ends = (initial_state, final, cu_seqlens, chunks)
     how = {"scale": scale, "gate": gate, "reverse": False}
-    if carried:
-        run_carry(kept.q, kept.k, v, g, kept, kept.states, o, *ends, **how)
-    else:
-        run_state(kept.k, v, g, kept, kept.states, *ends, **how)
-        run_output(kept.q, kept.k, v, g, kept, kept.states, o, chunks, **how)
+    run_pass(carrier, kept.q, kept.k, v, g, kept, kept.states, o, *ends, **how)
     if gate == CHANNEL:
         if kept.states is None:
             run_exact(q, k, v, g, kept, o, initial_state, cu_seqlens, chunks, scale=scale)
@@ -108,46 +107,85 @@ def _forward(
     return o, final, kept if keep else None
 
 
-def carries(q: Tensor, v: Tensor, gate: int, chunks: Chunks) -> bool:
-    """Whether one kernel carries the state and makes the output: it fits, and fills the device."""
-    if key_blocks(q, v, gate) > 2:
-        return False
-    programs = carry_programs(q, v, gate, chunks, reverse=False)
-    programs *= segments_of(programs, chunks, q.device)
-    return programs >= CARRY_PROGRAMS * multiprocessors(q.device)
+def carrier_of(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, keep: bool) -> str | None:
+    """Which kernel carries the state and makes the output: one that fits, and fills the device; or none.
+
+    `keep`: the states are stored; so they are in a backward pass.
+    """
+    for carrier in carriers(q, v, gate, keep=keep):
+        if carrier == WIDE and shared_memory(q.device) < WIDE_BYTES:
+            continue
+        programs = _programs(_carry_tile(carrier, q, v, gate, chunks.rows), v, chunks.rows)
+        programs *= segments_of(programs, chunks, q.device)
+        if programs >= CARRY_PROGRAMS * multiprocessors(q.device):
+            return carrier
+    return None
 
 
-def carry_programs(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, reverse: bool) -> int:
-    """Programs of carry_kernel where rows are whole."""
-    return -(-v.shape[3] // _carry_tile(q, v, gate, reverse=reverse).BV) * v.shape[2] * chunks.rows
+def carriers(q: Tensor, v: Tensor, gate: int, *, keep: bool) -> tuple[str, ...]:
+    """Kernels that hold a head's state of these widths, the faster first."""
+    return gla_configs.carriers(_point(q, v, gate), _plan(q, v, gate).BK, keep)
 
 
-def _carry_tile(q: Tensor, v: Tensor, gate: int, *, reverse: bool) -> Launch:
+def _programs(tile: Launch, v: Tensor, rows: int) -> int:
+    """Programs of a kernel that carries a whole head's state, for so many rows."""
+    return -(-v.shape[3] // tile.BV) * v.shape[2] * rows
+
+
+def _carry_tile(carrier: str, q: Tensor, v: Tensor, gate: int, rows: int, *, reverse: bool = False) -> Launch:
     plan = _plan(q, v, gate)
-    return plan.carry_back if reverse else plan.carry
+    if carrier != WIDE:
+        return plan.carry_back if reverse else plan.carry
+    if plan.wide.warps == 4 and _programs(plan.wide, v, rows) < 1.5 * multiprocessors(q.device):
+        return _narrower(plan.wide)  # two of its programs fit on a multiprocessor
+    return plan.wide
+
+
+@functools.cache
+def _narrower(tile: Launch) -> Launch:
+    return dataclasses.replace(tile, BV=max(tile.BV // 2, min(tile.BV, 32)))
 
 
 def scaled(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks, *, scale: float, gate: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    chunks: Chunks,
+    *,
+    scale: float,
+    gate: int,
+    has_scores: bool,
 ) -> Kept:
-    """q and k, for gates a channel times their decays; and what the other kernels need to know of gates."""
-    if gate != CHANNEL:
-        sums = _head_sums(g, chunks, _plan(q, v, gate)) if gate == HEAD else (None, None)
-        return Kept(None, *sums, q, k)
+    """q and k, for gates a channel times their decays; what other kernels need to know of gates; scores."""
+    plan, dtype = _plan(q, v, gate), state_dtype(q.dtype)
     T, H, K = q.shape[1:]
-    blocks, dtype = key_blocks(q, v, gate), state_dtype(q.dtype)
+    scores = None
+    if has_scores:
+        scores = q.new_empty(chunks.total, H, plan.chunk, plan.chunk, dtype=dtype)
+    constants = {"H": H, "K": K, "C": plan.chunk, "BK": plan.BK}
+    if gate != CHANNEL:
+        sums = _head_sums(g, chunks, plan) if gate == HEAD else (None, None)
+        if scores is not None:
+            constants |= {"GATE": gate, "PACKED": chunks.table is not None}
+            constants |= {"WIDE": dtype != torch.bfloat16, "PRECISION": precision(q.dtype)}
+            tensors, numbers = (q, k, g, *sums, scores, chunks.table), (scale, T, chunks.each)
+            launch(scores_kernel, H * chunks.total, tensors, numbers, constants, plan.scale)
+        return Kept(None, *sums, q, k, scores)
+    blocks = key_blocks(q, v, gate)
     totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
     reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
-    kept = Kept(None, totals, reach, torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype))
-    if chunks.total:
-        plan = _plan(q, v, gate)
-        constants = {"H": H, "K": K, "C": plan.chunk, "BK": plan.BK, "PACKED": chunks.table is not None}
-        constants["PRECISION"] = precision(q.dtype)
-        tensors = (q, k, g, totals, reach, kept.q, kept.k, chunks.table)
-        launch(
-            scale_kernel, blocks * H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale
-        )
-    return kept
+    scaled_q, scaled_k = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
+    constants |= {"PACKED": chunks.table is not None, "SCORES": scores is not None}
+    constants["PRECISION"] = precision(q.dtype)
+    tensors = (q, k, g, totals, reach, scaled_q, scaled_k, scores, chunks.table)
+    launch(scale_kernel, H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale)
+    return Kept(None, totals, reach, scaled_q, scaled_k, scores)
+
+
+def keeps_scores(q: Tensor, v: Tensor, gate: int) -> bool:
+    """Whether the forward pass makes the scores once, for every kernel that follows: they cost no pass."""
+    return gate == CHANNEL and key_blocks(q, v, gate) > 2
 
 
 def _head_sums(g: Tensor, chunks: Chunks, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -183,9 +221,11 @@ def states_before(
 ) -> Kept:
     """What backward needs, made again: the state before each chunk among it."""
     chunks = chunks_of(*q.shape[:2], cu_seqlens, chunk_size(q, v, gate))
-    kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate)._replace(states=_empty_states(k, v, chunks))
+    how = {"scale": scale, "gate": gate}
+    kept = scaled(q, k, v, g, chunks, **how, has_scores=keeps_scores(q, v, gate))
+    kept = kept._replace(states=_empty_states(k, v, chunks))
     ends = (initial_state, None, cu_seqlens, chunks)
-    run_state(kept.k, v, g, kept, kept.states, *ends, scale=scale, gate=gate, reverse=False)
+    run_state(kept.k, v, g, kept, kept.states, *ends, **how, reverse=False)
     return kept
 
 
@@ -212,11 +252,8 @@ def backward(
     d_states = torch.empty_like(kept.states)
     ends = (d_final, d_initial, cu_seqlens, chunks)
     how = {"scale": scale, "gate": gate, "reverse": True}
-    if carries(q, v, gate, chunks):
-        run_carry(kept.k, kept.q, do, g, kept, d_states, dv, *ends, **how)
-    else:
-        run_state(kept.q, do, g, kept, d_states, *ends, **how)
-        run_output(kept.k, kept.q, do, g, kept, d_states, dv, chunks, **how)
+    carrier = carrier_of(q, v, gate, chunks, keep=True)
+    run_pass(carrier, kept.k, kept.q, do, g, kept, d_states, dv, *ends, **how)
     dg = empty_dg(g, gate, q, v)
     grads = (dq, dk, dg, chunks)
     run_gradient(kept.q, kept.k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate)
@@ -243,41 +280,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def chunks_of(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
-    """The chunks of equal rows by arithmetic, of packed ones by table. Raises ShapeError."""
-    if cu_seqlens is None:
-        each = -(-T // size)
-        return Chunks(size, B, each, B * each)
-    return _packed_chunks(cu_seqlens, T, size)
-
-
-_last_packed: list[tuple[Tensor, int, int, Chunks]] = []
-
-
-def _packed_chunks(cu_seqlens: Tensor, T: int, size: int) -> Chunks:
-    """Reading the bounds waits for the device, so those of the last tensor, if unchanged, are kept."""
-    for tensor, version, length, chunks in _last_packed:
-        if tensor is cu_seqlens and (version, length, chunks.size) == (cu_seqlens._version, T, size):
-            return chunks
-    bounds = cu_seqlens.tolist()
-    check_bounds(bounds, T)
-    table, offsets = [], [0]
-    for low, high in itertools.pairwise(bounds):
-        table += [(start, min(size, high - start)) for start in range(low, high, size)]
-        offsets.append(len(table))
-    like = {"dtype": torch.int64, "device": cu_seqlens.device}
-    chunks = Chunks(
-        size,
-        len(bounds) - 1,
-        0,
-        len(table),
-        torch.tensor(table, **like).reshape(-1, 2),
-        torch.tensor(offsets, **like),
-    )
-    _last_packed[:] = [(cu_seqlens, cu_seqlens._version, T, chunks)]
-    return chunks
-
-
 @functools.cache
 def retention_gates(H: int, device: torch.device) -> Tensor:
     """[H] log decays of retention's heads, 1 - 2 ** (-5 - h) (RetNet §2.1)."""
@@ -290,8 +292,12 @@ def _plan(q: Tensor, v: Tensor, gate: int):
     if index < 0:  # no GPU, or tensors without memory
         device = ahead.device_of(q.device)
         index = (device.index or 0) if device.type == "cuda" else None
+    return plan_for(*_point(q, v, gate), index)
+
+
+def _point(q: Tensor, v: Tensor, gate: int) -> plan_files.Point:
     # int: where a tracer makes widths symbolic, they become constants of the graph
-    return plan_for(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16, index)
+    return plan_files.Point(int(q.shape[-1]), int(v.shape[-1]), gate, v.dtype != torch.bfloat16)
 
 
 def chunk_size(q: Tensor, v: Tensor, gate: int) -> int:
@@ -309,6 +315,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
+def run_pass(
+    carrier, q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse
+) -> None:
+    """Fill `states`, `o` and `last` from `first`, by the kernel of carrier_of or in two."""
+    ends, how = (first, last, cu_seqlens, chunks), {"scale": scale, "gate": gate, "reverse": reverse}
+    if carrier is None:
+        run_state(k, v, g, kept, states, *ends, **how)
+        run_output(q, k, v, g, kept, states, o, chunks, **how)
+    else:
+        run_carry(carrier, q, k, v, g, kept, states, o, *ends, **how)
+
+
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `states` and `last` from `first`, in one pass or, where rows are few and long, in segments."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
@@ -320,36 +338,40 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
     state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
 
 
-def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
+def run_carry(
+    carrier, q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse
+) -> None:
     """Fill `o`, `last` and, unless None, `states`, from `first`; in segments, as run_state."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    G = segments_of(carry_programs(q, v, gate, chunks, reverse=reverse), chunks, q.device)
+    tile = _carry_tile(carrier, k, v, gate, chunks.rows, reverse=reverse)
+    G = segments_of(_programs(tile, v, chunks.rows), chunks, q.device)
     table = None
     if G > 1:
         table, first = _firsts(k, v, g, kept, first, chunks, G, **how)
     (T, H), V = k.shape[1:3], v.shape[3]
-    tile = _carry_tile(k, v, gate, reverse=reverse)
-    bounds, offsets, rows, G = _rows(cu_seqlens, chunks, table)
+    bounds, offsets, rows, G = row_table(cu_seqlens, chunks, table)
     constants = {
-        **_sizes(k, v, gate, tile),
+        **(_whole_heads if carrier == WIDE else _sizes)(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": bounds is not None,
         "HAS_FIRST": first is not None,
         "HAS_LAST": last is not None,
         "SEGMENTS": G,
         "KEEP": states is not None,
-        "WIDE": state_dtype(k.dtype) != torch.bfloat16,
-        "PRECISION": precision(v.dtype),
     }
-    tensors = (q, k, v, g, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
-    programs = -(-V // tile.BV) * H * rows
-    launch(carry_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
+    scores = ()
+    if carrier == WIDE:
+        scores, constants["APART"] = (kept.scores,), tile.warps > 4
+    constants |= {"WIDE": state_dtype(k.dtype) != torch.bfloat16, "PRECISION": precision(v.dtype)}
+    tensors = (q, k, v, g, kept.totals, kept.reach, *scores, states, o, first, last, bounds, offsets)
+    kernel = wide_kernel if carrier == WIDE else carry_kernel
+    launch(kernel, -(-V // tile.BV) * H * rows, tensors, (scale, T, chunks.each), constants, tile)
 
 
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
     """G segments of each row, and the state before each, from their own states and decays."""
     B, T, H, K, V = *k.shape, v.shape[3]
-    table = _segments(B, T, G, chunks.size, k.device)
+    table = segments_in(B, T, G, chunks.size, k.device)
     own = k.new_empty(B, G, H, K, V, dtype=torch.float32)
     lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
     how = {"scale": scale, "gate": gate, "reverse": reverse}
@@ -365,45 +387,10 @@ def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[C
     return table, firsts
 
 
-def _rows(cu_seqlens, chunks, segments) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Bounds, chunk offsets, number of rows and segments a row, as the sequential kernels take them."""
-    if segments is None:
-        return cu_seqlens, chunks.offsets, chunks.rows, 1
-    return segments.table, segments.offsets, segments.rows, segments.each
-
-
-def segments_of(programs: int, chunks: Chunks, device: torch.device) -> int:
-    """How many segments of a row are carried over side by side: two programs a multiprocessor, or so."""
-    if chunks.table is not None or chunks.each * chunks.size < 2 * SEGMENT:
-        return 1
-    return max(1, min(chunks.each * chunks.size // SEGMENT, 2 * multiprocessors(device) // programs))
-
-
 def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
     """Programs of state_kernel for so many rows."""
     plan = _plan(k, v, gate)
     return -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * rows * k.shape[2]
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of the device that launches are for."""
-    return _multiprocessors(ahead.device_of(device))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
-
-
-@functools.cache
-def _segments(B: int, T: int, G: int, size: int, device: torch.device) -> Chunks:
-    """G segments of whole chunks in each of B rows, as if they were packed: bounds and chunk offsets."""
-    each = -(-T // size)
-    firsts = [each * i // G for i in range(G)]
-    offsets = [row * each + first for row in range(B) for first in firsts] + [B * each]
-    bounds = [row * T + first * size for row in range(B) for first in firsts] + [B * T]
-    like = {"dtype": torch.int64, "device": device}
-    return Chunks(size, B * G, G, 0, torch.tensor(bounds, **like), torch.tensor(offsets, **like))
 
 
 def state_pass(
@@ -426,7 +413,7 @@ def state_pass(
     """Launch state_kernel; with `lost`, for the segments' own states and decays."""
     T = k.shape[1]
     tile = _plan(k, v, gate).state
-    bounds, offsets, rows, G = _rows(cu_seqlens, chunks, segments)
+    bounds, offsets, rows, G = row_table(cu_seqlens, chunks, segments)
     constants = {
         **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
@@ -447,7 +434,7 @@ def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
     """Launch exact_kernel: fills `o` of the heads that have hard tiles."""
     (T, H), V = k.shape[1:3], v.shape[3]
     tile = _plan(k, v, CHANNEL).exact
-    sizes = _sizes(k, v, CHANNEL, tile)
+    sizes = _whole_heads(k, v, CHANNEL, tile)
     del sizes["GATE"]
     constants = {
         **sizes,
@@ -471,8 +458,9 @@ def run_output(q, k, v, g, kept, states, o, chunks, *, scale, gate, reverse, har
         "PACKED": chunks.table is not None,
         "PRECISION": precision(v.dtype),
         "HARD": hard,
+        "SCORES": kept.scores is not None and not hard,
     }
-    tensors = (q, k, v, g, kept.totals, kept.reach, states, o, chunks.table)
+    tensors = (q, k, v, g, kept.totals, kept.reach, kept.scores, states, o, chunks.table)
     pairs = H * chunks.total
     programs = _hard_programs(pairs, q.device) if hard else -(-V // tile.BV) * pairs
     scale = 1.0 if gate == CHANNEL and not hard else scale  # scaled q has it
@@ -506,6 +494,12 @@ def _sizes(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
     """The constants that every kernel begins with, in its order."""
     H, K, V, plan = k.shape[2], k.shape[3], v.shape[3], _plan(k, v, gate)
     return {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": tile.BV, "GATE": gate}
+
+
+def _whole_heads(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int]:
+    """As _sizes, of kernels that hold all key channels of a head, and the number of its tiles elsewhere."""
+    BK = triton.next_power_of_2(int(k.shape[3]))
+    return {**_sizes(k, v, gate, tile), "BK": BK, "TILES": key_blocks(k, v, gate)}
 
 
 _compiled: dict[tuple, object] = {}

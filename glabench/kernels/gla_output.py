@@ -16,6 +16,7 @@ from glabench.kernels.gla_tiles import (
     halved_scores,
     head_decays,
     load_channels,
+    load_scores,
     load_state,
     load_tile,
     power2,
@@ -34,6 +35,7 @@ def output_tile(
     g,
     total,
     reach,
+    scores,
     h,
     o,
     chunks,
@@ -51,6 +53,7 @@ def output_tile(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    SCORES: tl.constexpr,
 ):
     """o of one chunk and head, for BV of its value channels: see output_kernel."""
     TYPE: tl.constexpr = h.dtype.element_ty
@@ -61,15 +64,16 @@ def output_tile(
     k += token * K
     at = chunk * H + head
     h += at * K * V
-    A = tl.zeros([C, C], tl.float32)
-    out = tl.zeros([C, BV], tl.float32)
     i, j = rows[:, None], rows[None, :]
     allowed = i <= j if REVERSE else i >= j
+    A = load_scores(scores, at, C, REVERSE) if SCORES else tl.zeros([C, C], tl.float32)
+    out = tl.zeros([C, BV], tl.float32)
     if HARD:
         g += token * K
     for col in range(0, K, BK):
         x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
-        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+        if not SCORES:
+            y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
         state = load_state(h, vb * BV, col, V, K, BV, BK)
         if HARD:
             gates = load_tile(g, rows, count, H * K, col, K, BK)
@@ -79,7 +83,7 @@ def output_tile(
             decay -= tl.maximum(sums * 0.5, -LIMIT)[None, :]
             x = (x * power2(decay)).to(x.dtype)
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
-        if not HARD:
+        if not HARD and not SCORES:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
     A = tl.where(allowed, A, 0.0)
     to_out = 1.0 if REVERSE else scale
@@ -104,6 +108,7 @@ def output_kernel(
     g,
     total,
     reach,
+    scores,
     h,
     o,
     chunks,
@@ -122,13 +127,14 @@ def output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    SCORES: tl.constexpr,
 ):
     """o of one chunk, for BV of its value channels; REVERSE gives dv from q = k, k = q, v = do, h = dh.
 
     Math:   o = scale ((q P) S + A v), A_ij = q_i . k_j e^(b_i - b_j), j <= i; dv = (k X) dS + scale A^T do.
     Grid:   V / BV, H, chunks, the first fastest: programs that share q, k and g run together. HARD: any
             number of programs, which look for hard tiles among the `pairs` of chunk and head.
-    HBM:    reads q, k V / BV times, v and the state once; writes o once.
+    HBM:    reads q, k V / BV times, v and the state once; writes o once. SCORES are read in place of k.
     Stable: q and k come scaled where gates are a channel; HARD takes them raw, and the scores by halving.
     Source: GLA eq. 3-4, §4.3.
     """
@@ -145,8 +151,8 @@ def output_kernel(
                 if any_hard(reach + pair * NK, NK, 64):
                     for vb in range(NV):
                         output_tile(
-                            vb, pair % H, pair // H, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
-                            H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True,
+                            vb, pair % H, pair // H, q, k, v, g, total, reach, scores, h, o, chunks, scale,
+                            T, N, H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, True, False,
                         )  # fmt: skip
     else:
         vb, head, chunk = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)
@@ -155,6 +161,6 @@ def output_kernel(
             if hard:
                 return
         output_tile(
-            vb, head, chunk, q, k, v, g, total, reach, h, o, chunks, scale, T, N,
-            H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, False,
+            vb, head, chunk, q, k, v, g, total, reach, scores, h, o, chunks, scale, T, N,
+            H, K, V, C, BK, BV, GATE, REVERSE, PACKED, PRECISION, False, SCORES,
         )  # fmt: skip

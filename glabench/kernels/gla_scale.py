@@ -1,9 +1,11 @@
-"""What all later kernels share, made once: q and k times their decays (GLA §4.3), or a head's decays."""
+"""What all later kernels share, made once: q and k times their decays (GLA §4.3), a head's decays, scores."""
 
 import triton
 import triton.language as tl
 
 from glabench.kernels.gla_tiles import (
+    FIXED,
+    HEAD,
     LIMIT,
     LOG2E,
     UNITS,
@@ -11,11 +13,43 @@ from glabench.kernels.gla_tiles import (
     before,
     centred,
     chunk_bounds,
+    decayed,
+    head_decays,
     kept_share,
     load_tile,
     power2,
+    store_scores,
     store_tile,
 )
+
+
+@triton.jit
+def scale_hard_channels(
+    q,
+    k,
+    g,
+    q_out,
+    k_out,
+    count,
+    col,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Overwrite scaled q and k in the hard ones of BK channels, see scale_kernel."""
+    rows, cols = tl.arange(0, C), col + tl.arange(0, BK)
+    gates = load_tile(g, rows, count, H * K, col, K, BK)
+    sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
+    kept = kept_share(sums)[None, :]
+    where = rows[:, None] * H * K + cols[None, :]
+    mask = (rows < count)[:, None] & (cols < K)[None, :] & (sums < -2 * LIMIT)[None, :]
+    x = tl.load(q + where, mask=mask, other=0.0) * power2(before(gates, C, PRECISION) - kept) * scale
+    tl.store(q_out + where, x.to(q_out.dtype.element_ty), mask=mask)
+    y = tl.load(k + where, mask=mask, other=0.0) * power2(after(gates, C, PRECISION) - kept)
+    tl.store(k_out + where, y.to(k_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "N", "scale"])
@@ -27,6 +61,7 @@ def scale_kernel(
     reach,
     q_out,
     k_out,
+    scores,
     chunks,
     scale,
     T,
@@ -36,39 +71,102 @@ def scale_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
+    SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scaled q and k of one chunk, for BK key channels, and the chunk's log decays, base 2.
+    """Scaled q and k of one chunk and head, the chunk's log decays, base 2, and its SCORES.
 
     Math:   scale q e^(b_i - r), k e^(b_C - b_i - r), r = b_C / 2, but at least -LIMIT (base 2): states are
-            stored times e^r. Scores of channels that lose more than 2^(2 LIMIT), the hard ones, lack sense
-            so and are taken elsewhere.
-    Grid:   K / BK, H, chunks, the first fastest.
-    HBM:    reads q, k, g once, writes both products once.
-    Stable: exponents are sums of gates, in 2^+-LIMIT; `reach` is the least total of the tile.
-    Source: GLA §4.3, with one reference a chunk.
+            stored times e^r; scores are their products. Those of channels that lose more than 2^(2 LIMIT),
+            the hard ones, lack sense so and are taken elsewhere.
+    Grid:   H, chunks, the first fastest.
+    HBM:    reads q, k, g once, writes both products once, and C elements a token and head of scores.
+    Stable: exponents are sums of gates, in 2^+-LIMIT; `reach` is the least total of each BK channels.
+    Source: GLA §4.3, with one reference a chunk; eq. 4.
     """
-    pid = tl.program_id(0)
+    TYPE: tl.constexpr = q_out.dtype.element_ty
     NK: tl.constexpr = (K + BK - 1) // BK
-    kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
+    head, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
-    rows, cols = tl.arange(0, C), kb * BK + tl.arange(0, BK)
+    rows = tl.arange(0, C)
     token, at = (start * H + head) * K, chunk * H + head
-    gates = load_tile(g + token, rows, count, H * K, kb * BK, K, BK)
-    x = load_tile(q + token, rows, count, H * K, kb * BK, K, BK)
-    y = load_tile(k + token, rows, count, H * K, kb * BK, K, BK)
-    sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
-    lowest = tl.min(sums, 0)
-    tl.store(total + at * K + cols, sums, mask=cols < K)
-    tl.store(reach + at * NK + kb, lowest)
-    up = centred(gates, C, PRECISION)
-    down = -up
-    if lowest < -2 * LIMIT:
-        hard, kept = (sums < -2 * LIMIT)[None, :], kept_share(sums)[None, :]
-        up = tl.where(hard, before(gates, C, PRECISION) - kept, up)
-        down = tl.where(hard, after(gates, C, PRECISION) - kept, down)
-    store_tile(q_out + token, x * power2(up) * scale, rows, count, H * K, kb * BK, K, BK)
-    store_tile(k_out + token, y * power2(down), rows, count, H * K, kb * BK, K, BK)
+    q += token
+    k += token
+    g += token
+    q_out += token
+    k_out += token
+    least = 0.0
+    A = tl.zeros([C, C], tl.float32)
+    for kb in range(NK):
+        col = kb * BK
+        cols = col + tl.arange(0, BK)
+        gates = load_tile(g, rows, count, H * K, col, K, BK)
+        sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
+        lowest = tl.min(sums, 0)
+        least = tl.minimum(least, lowest)
+        tl.store(total + at * K + cols, sums, mask=cols < K)
+        tl.store(reach + at * NK + kb, lowest)
+        decay = centred(gates, C, PRECISION)
+        x = (load_tile(q, rows, count, H * K, col, K, BK) * power2(decay) * scale).to(TYPE)
+        y = (load_tile(k, rows, count, H * K, col, K, BK) * power2(-decay)).to(TYPE)
+        store_tile(q_out, x, rows, count, H * K, col, K, BK)
+        store_tile(k_out, y, rows, count, H * K, col, K, BK)
+        if SCORES:
+            A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
+    if SCORES:
+        store_scores(scores, A, at, C)
+    if least < -2 * LIMIT:
+        tl.debug_barrier()  # what is overwritten may be another thread's
+        for kb in range(NK):
+            scale_hard_channels(q, k, g, q_out, k_out, count, kb * BK, scale, H, K, C, BK, PRECISION)
+
+
+@triton.jit(do_not_specialize=["T", "N", "scale"])
+def scores_kernel(
+    q,
+    k,
+    g,
+    total,
+    reach,
+    scores,
+    chunks,
+    scale,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of one chunk and head without gates, or with one gate a head.
+
+    Math:   A_ij = scale e^(b_i - b_j) q_i . k_j for j <= i, else 0.
+    Grid:   H, chunks, the first fastest.
+    HBM:    reads q and k once, writes C elements a token and head.
+    Stable: see `decayed`.
+    Source: GLA eq. 2; RetNet eq. 5.
+    """
+    TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
+    head, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
+    rows = tl.arange(0, C)
+    token, at = (start * H + head) * K, chunk * H + head
+    A = tl.zeros([C, C], tl.float32)
+    for col in range(0, K, BK):
+        x = load_tile(q + token, rows, count, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k + token, rows, count, H * K, col, K, BK).to(TYPE)
+        A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
+    A = tl.where(rows[:, None] >= rows[None, :], A, 0.0)  # before decays: they are infinite above it
+    if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
+        from_start, _, lost = head_decays(g, total, at, head, rows, count, GATE, C)
+        A = decayed(A, from_start, lost, reach, at, scale, GATE, False, C)
+    else:
+        A *= scale
+    store_scores(scores, A, at, C)
 
 
 @triton.jit(do_not_specialize=["T", "N"])

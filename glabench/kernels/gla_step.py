@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glabench.errors import ShapeError, UsageError
-from glabench.kernels import gla_launch
+from glabench.kernels import gla_chunks, gla_launch
 from glabench.kernels.gla_chunk import check_call, is_traced
 from glabench.kernels.gla_configs import CHUNK, Launch, recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
@@ -268,7 +268,7 @@ def _take_one(q, k, v, g, state, scale, gate) -> Tensor:
 
 
 def _take_all(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state):
-    rows = gla_launch.chunks_of(*q.shape[:2], cu_seqlens, CHUNK).rows  # with the bounds checked
+    rows = gla_chunks.chunks_of(*q.shape[:2], cu_seqlens, CHUNK).rows  # with the bounds checked
     o, final = torch.empty(v.shape, dtype=v.dtype, device=v.device), None
     if output_final_state:
         final = q.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32)
@@ -324,7 +324,7 @@ def _plan(gate, rows, H, K, V, is_packed, layouts, device) -> Plan:
     seen = (*around, *states, *(gates if gate == gla_launch.CHANNEL else ()))
     unit = 16 if all(s % 16 == 0 for s in seen) else 1
     g_unit = 1 if gate == gla_launch.HEAD else unit  # gates a head are read one by one, wherever they lie
-    tile, KP = recurrent_tile(K, V, rows * H, gla_launch.multiprocessors(device))
+    tile, KP = recurrent_tile(K, V, rows * H, gla_chunks.multiprocessors(device))
     constants = {"H": H, "K": K, "V": V, "KP": KP, "BV": tile.BV, "GATE": gate, "PACKED": is_packed}
     constants |= {"HAS_FIRST": first is not None, "HAS_LAST": last is not None, "UNIT": unit}
     strides = *(s // unit for s in around), *(s // g_unit for s in gates), *(s // unit for s in states)

@@ -80,6 +80,22 @@ def store_state(h, tile, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexp
 
 
 @triton.jit
+def load_scores(scores, at, C: tl.constexpr, MIRROR: tl.constexpr):
+    """Scores [C, C] of a chunk and head, rows queries and columns keys; the other way round if MIRROR."""
+    rows = tl.arange(0, C)
+    A = tl.load(scores + at * C * C + rows[:, None] * C + rows[None, :])
+    return tl.trans(A) if MIRROR else A
+
+
+@triton.jit
+def store_scores(scores, A, at, C: tl.constexpr):
+    """The reverse of load_scores, zero above the diagonal."""
+    rows = tl.arange(0, C)
+    A = tl.where(rows[:, None] >= rows[None, :], A, 0.0)
+    tl.store(scores + at * C * C + rows[:, None] * C + rows[None, :], A.to(scores.dtype.element_ty))
+
+
+@triton.jit
 def load_channels(x, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK] of a vector [WIDTH]."""
     cols = col + tl.arange(0, BLOCK)

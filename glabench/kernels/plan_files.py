@@ -47,6 +47,7 @@ class Plan:
     scale: Launch
     carry: Launch
     carry_back: Launch
+    wide: Launch
     state: Launch
     output: Launch
     gradient: Launch

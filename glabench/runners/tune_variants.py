@@ -9,11 +9,11 @@ from glabench.kernels import gla_configs
 from glabench.kernels.plan_files import KERNELS, SIZES, Changes, Launch, Plan, Point
 
 GATES = {"linear_attention_chunk": 0, "retention_chunk": 1, "simple_gla_chunk": 2, "gla_chunk": 3}
-USES = ("scale", "carry", "carry back", "carry alone", "state", "state back")
-USES += ("output", "output back", "gradient")
+USES = ("scale", "carry", "carry back", "carry alone", "wide", "wide back", "wide alone")
+USES += ("state", "state back", "output", "output back", "gradient")
 MARGIN = 0.01  # of the time: a launch or plan that gains less is not told from noise
 RULE = "the rule"
-CHUNK = gla_configs.CHUNK
+CHUNK, CARRY, WIDE = gla_configs.CHUNK, gla_configs.CARRY, gla_configs.WIDE
 
 Variants = Mapping[int, Mapping[str, Sequence[Launch]]]  # chunk -> kernel -> launches
 
@@ -26,9 +26,10 @@ _CARRY = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
 _CARRY_128 = [(64, 8, 1), (64, 8, 2)]
 VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the best on some GPU, or near it
     64: _launches(
-        scale=[(64, 4, 1), (64, 4, 1, 168), (64, 2, 1)],
+        scale=[(64, 4, 1), (64, 4, 2), (64, 4, 3)],
         carry=_CARRY,
         carry_back=_CARRY,
+        wide=[(64, 4, 2), (64, 8, 2), (128, 8, 1)],
         state=[(64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)],
         output=[(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3)],
         gradient=[(64, 4, 2), (64, 4, 3), (64, 4, 3, 168), (64, 4, 4)],
@@ -90,11 +91,12 @@ def describe(launch: Launch) -> str:
 
 def exists(use: str, point: Point, plan: Plan) -> bool:
     """Whether a call of these widths and gates can use a kernel so."""
-    if use == "scale":
-        return point.gate == GATES["gla_chunk"]
-    if use.startswith("carry"):
-        return -(-point.d_k // plan.BK) <= 2
-    return True
+    name, is_kept = use.split()[0], not use.endswith("alone")
+    if name in (CARRY, WIDE):
+        return name in gla_configs.carriers(point, plan.BK, keep=is_kept)
+    # of other gates, it is the scores' launch
+    is_made = point.gate == GATES["gla_chunk"] or WIDE in gla_configs.carriers(point, plan.BK, keep=False)
+    return name != "scale" or is_made
 
 
 def trials(point: Point, variants: Variants) -> Iterator[Trial]:
