@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
 from glabench.kernels.arguments import check_qkv
-from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, Kept
+from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, NOTHING, Kept
 
 FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512
@@ -168,7 +168,7 @@ class ChunkFunction(torch.autograd.Function):
         keep = form == "materialised" or (form == "auto" and any(ctx.needs_input_grad))
         options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
         o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *(kept or (None,) * 6))
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *(kept or NOTHING))
         ctx.scale, ctx.gate = scale, gate
         ctx.set_materialize_grads(False)
         return o, final
@@ -237,9 +237,9 @@ def chunk_op(
     q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
     options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": not recompute}
     o, final, kept = _forward(q, k, v, g, initial_state, cu_seqlens, **options)
-    made = kept or (None,) * 6
+    made = kept or NOTHING
     if gate != CHANNEL:
-        made = (*made[:3], None, None, None)
+        made = made._replace(q=None, k=None)
     return o, *(_or_nothing(q, x) for x in (final, *made))
 
 

@@ -54,6 +54,9 @@ class Kept(NamedTuple):
     scores: Tensor | None = None
 
 
+NOTHING = Kept(*[None] * len(Kept._fields))  # of a forward pass that keeps nothing
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -348,7 +351,7 @@ def run_carry(
     table = None
     if G > 1:
         table, first = _firsts(k, v, g, kept, first, chunks, G, **how)
-    (T, H), V = k.shape[1:3], v.shape[3]
+    T = k.shape[1]
     bounds, offsets, rows, G = row_table(cu_seqlens, chunks, table)
     constants = {
         **(_whole_heads if carrier == WIDE else _sizes)(k, v, gate, tile),
@@ -365,7 +368,7 @@ def run_carry(
     constants |= {"WIDE": state_dtype(k.dtype) != torch.bfloat16, "PRECISION": precision(v.dtype)}
     tensors = (q, k, v, g, kept.totals, kept.reach, *scores, states, o, first, last, bounds, offsets)
     kernel = wide_kernel if carrier == WIDE else carry_kernel
-    launch(kernel, -(-V // tile.BV) * H * rows, tensors, (scale, T, chunks.each), constants, tile)
+    launch(kernel, _programs(tile, v, rows), tensors, (scale, T, chunks.each), constants, tile)
 
 
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
@@ -432,7 +435,7 @@ def state_pass(
 
 def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
     """Launch exact_kernel: fills `o` of the heads that have hard tiles."""
-    (T, H), V = k.shape[1:3], v.shape[3]
+    T = k.shape[1]
     tile = _plan(k, v, CHANNEL).exact
     sizes = _whole_heads(k, v, CHANNEL, tile)
     del sizes["GATE"]
@@ -443,8 +446,8 @@ def run_exact(q, k, v, g, kept, o, first, cu_seqlens, chunks, *, scale) -> None:
         "PRECISION": precision(k.dtype),
         "WIDE": k.dtype != torch.bfloat16,
     }
-    programs = -(-V // tile.BV) * H * chunks.rows
     tensors = (q, k, v, g, kept.reach, o, first, cu_seqlens, chunks.offsets)
+    programs = _programs(tile, v, chunks.rows)
     launch(exact_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
