@@ -10,7 +10,7 @@ import triton.compiler
 import tune_without_gpu
 from triton.runtime import driver
 
-from glabench.kernels import gla_configs, gla_launch
+from glabench.kernels import gla_launch
 
 GATES = (gla_launch.NONE, gla_launch.FIXED, gla_launch.HEAD, gla_launch.CHANNEL)
 compiled_in, names = [], set()
@@ -38,7 +38,6 @@ def main():
     driver.set_active(tune_without_gpu.NoGpu())
     gla_launch._on = lambda device: nullcontext()
     gla_launch.CARRY_PROGRAMS = 0
-    gla_configs.WIDEST_STATE[False] = 256
     own, compile_one = threading.get_ident(), triton.compiler.compile
 
     def compile_and_note(*args, **kwargs):

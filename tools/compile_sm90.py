@@ -157,7 +157,6 @@ def main():
     parser.add_argument("--gates", nargs="+", default=list(GATES))
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS))
     args = parser.parse_args()
-    gla_configs.WIDEST_STATE[False] = 256  # compiled whether or not calls take it
     for shape in args.shapes:
         H, K, V = SHAPES[shape]
         for gate in args.gates:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
-#   tools/gpu.sh STEP...   STEP: setup doctor smoke tests verify kernels tune timing decode layers fig2
-#                          neighbours all throughput recall-try recall cache. `all`: the three suites, over two
-#                          GPUs where there are two; `recall`: over all.
+#   tools/gpu.sh STEP...   STEP: setup doctor smoke tests verify kernels tune cold counters timing decode layers
+#                          fig2 neighbours all throughput recall-try recall cache. `all`: the three suites, over
+#                          two GPUs where there are two; `recall`: over all.
 # What the machine lacks is taken from .whl/: wheels, a newer ptxas as ptxas.gz, and site folders as *.tar.xz (packages,
 # perhaps a ptxas at the top). Rows and logs are packed into $OUT/gpu.tar.gz (default: out/) twice a minute and at the
 # end, so that a run that is cut loses little.
@@ -15,8 +15,16 @@ OUT=${OUT:-out}; SITE=${SITE:-$HOME/site}; WHEELS=${WHEELS:-.whl}; TOTAL=${TOTAL
 RESULTS=$SITE/results; LOGS=$SITE/logs
 mkdir -p "$OUT" "$RESULTS" "$LOGS"
 export PYTHONPATH="$SITE:$PWD" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$SITE/triton-cache" TRITON_CACHE_AUTOTUNING=1
-export GLABENCH_TUNE_MS=${GLABENCH_TUNE_MS:-20}  # of the 125 ms that Triton would take a configuration
+export GLABENCH_TUNE_MS=${GLABENCH_TUNE_MS:-50}  # of the 125 ms that Triton would take a configuration
 [ -x "$SITE/ptxas" ] && export TRITON_PTXAS_PATH="$SITE/ptxas"
+COUNTERS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum
+COUNTERS+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__throughput.avg.pct_of_peak_sustained_elapsed
+COUNTERS+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,sm__throughput.avg.pct_of_peak_sustained_elapsed
+COUNTERS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
+COUNTERS+=,smsp__issue_active.avg.pct_of_peak_sustained_active,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem
+for why in long_scoreboard short_scoreboard barrier gmma math_pipe_throttle wait lg_throttle mio_throttle; do
+    COUNTERS+=,smsp__average_warps_issue_stalled_${why}_per_issue_active.ratio
+done
 pack() { tar czf "$OUT/gpu.tar.part" -C "$SITE" results logs && mv "$OUT/gpu.tar.part" "$OUT/gpu.tar.gz"; }
 (while sleep 30; do pack; done) 2> /dev/null & packer=$!
 trap 'kill $packer; pack' EXIT
@@ -29,7 +37,15 @@ pack_cache() {
         "$OUT/triton-cache.tar.xz"
 }
 
-unpack() {  # unpack ARCHIVE...: into SITE, and tell the entries of a Triton cache where they are now
+unCOUNTERS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum
+COUNTERS+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__throughput.avg.pct_of_peak_sustained_elapsed
+COUNTERS+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,sm__throughput.avg.pct_of_peak_sustained_elapsed
+COUNTERS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
+COUNTERS+=,smsp__issue_active.avg.pct_of_peak_sustained_active,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem
+for why in long_scoreboard short_scoreboard barrier gmma math_pipe_throttle wait lg_throttle mio_throttle; do
+    COUNTERS+=,smsp__average_warps_issue_stalled_${why}_per_issue_active.ratio
+done
+pack() {  # unpack ARCHIVE...: into SITE, and tell the entries of a Triton cache where they are now
     local archive
     for archive in "$@"; do
         python3 -m tarfile -e "$archive" "$SITE" || return
@@ -77,6 +93,19 @@ for name in "$@"; do
         kernels) step kernels 110 python3 tools/try_kernels.py --limit 100 ${ARGS:-} ;;
         tune) step tune "$TOTAL" env GLABENCH_PLANS="$RESULTS/plans" python3 -m glabench tune \
             --shape "${SHAPE:-340m}" ${IMPL:+--impl "$IMPL"} --limit "$(($(left) * 3 / 4 + 1))" ${ARGS:-} ;;
+        cold)  # before anything else has compiled for these shapes
+            for shape in 340m 1.3b fig2; do
+                step "cold-$shape" 60 env TRITON_CACHE_DIR="$(mktemp -d)" python3 tools/try_kernels.py --parts cold \
+                    --families gla --shapes "$shape"
+            done ;;
+        counters)  # what the profiler's counters say of each kernel: a table a shape in $RESULTS/counters
+            mkdir -p "$RESULTS/counters"
+            for shape in ${SHAPE:-340m 1.3b fig2}; do
+                TAIL=3 step "counters-$shape" 90 ncu --profile-from-start off --clock-control none --csv --page raw \
+                    --metrics "$COUNTERS" --log-file "$RESULTS/counters/$shape.csv" \
+                    python3 tools/try_kernels.py --parts counted --families ${FAMILIES:-gla linear_attention} \
+                    --shapes "$shape"
+            done ;;
         cache) pack_cache && ls -l "$OUT/triton-cache.tar.xz" ;;
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
@@ -99,8 +128,8 @@ for name in "$@"; do
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
                 (suite layers cuda:1 --shape fig2; suite fig2 cuda:1) & side=$!
                 suite layers cuda:0 --shape 340m,1.3b
-                wait "$side"
                 suite neighbours cuda:0
+                wait "$side"
             else
                 suite layers cuda; suite fig2 cuda; suite neighbours cuda
             fi ;;

@@ -1,6 +1,9 @@
 """Check and time the chunk kernels on a GPU, quickly: JSON lines, one a point, failures included.
 
-Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep] [--shapes 340m 1.3b fig2]
+Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep cold counted] [--shapes 340m fig2]
+
+cold      a process's first forward and backward pass; with an empty TRITON_CACHE_DIR, one shape a process
+counted   one pass forward and backward and one forward alone, for `ncu --profile-from-start off`
 """
 
 import argparse
@@ -36,6 +39,14 @@ POINTS = [
     (200, 1, 4, 256, 512, "bf16", "trained", False, "auto"),
     (200, 1, 2, 128, 256, "bf16", "mixed", False, "auto"),
     (200, 1, 2, 64, 64, "bf16", "mixed", False, "auto"),
+    # heads enough that a kernel carries the whole state of each
+    (130, 16, 4, 256, 512, "bf16", "trained", False, "auto"),
+    (130, 16, 4, 128, 256, "bf16", "trained", False, "auto"),
+    (130, 16, 4, 256, 512, "bf16", "mixed", False, "auto"),
+    (130, 16, 4, 128, 256, "bf16", "mixed", False, "auto"),
+    (332, 1, 8, 192, 512, "bf16", "mixed", True, "auto"),
+    (70, 16, 8, 128, 64, "bf16", "extreme", False, "auto"),
+    (70, 16, 8, 240, 80, "bf16", "trained", False, "recompute"),
     (130, 1, 2, 64, 64, "fp32", "trained", False, "auto"),
     (130, 1, 2, 128, 128, "fp32", "mixed", False, "auto"),
     (130, 2, 3, 48, 96, "fp16", "trained", False, "auto"),
@@ -102,15 +113,22 @@ def check(family, point):
         args = [x for n, x in leaves.items() if n != "initial_state"]
         out, final = FUNCTIONS[family](*args, **options, form=form)
         found = torch.autograd.grad((out, final), list(leaves.values()), (d_out, d_state))
+        with torch.no_grad():  # other launches: nothing is kept
+            alone, final_alone = FUNCTIONS[family](*tensors.values(), **options, form=form)
         torch.cuda.synchronize()
     want = oracle.reference(
         family, tensors, initial_state=state, cu_seqlens=bounds, d_out=d_out, d_state=d_state
     )
     got = {"out": out.detach(), "final_state": final.detach(), **dict(zip(leaves, found, strict=True))}
+    got |= {"out alone": alone, "final_state alone": final_alone}
     wants = {"out": want.out, "final_state": want.final_state, **want.gradients}
-    errors = [oracle.compare(n, got[n], w, dtype, want.floors.get(n, 0.0)) for n, w in wants.items()]
-    ratios = {e.name: None if e.rms_ratio is None else float(f"{e.rms_ratio:.2e}") for e in errors}
-    bad = {e.name: e.reason for e in errors if not e.ok}
+    wants |= {"out alone": want.out, "final_state alone": want.final_state}
+    errors = {}
+    for n, w in wants.items():
+        tensor = n.split()[0]
+        errors[n] = oracle.compare(tensor, got[n], w, dtype, want.floors.get(tensor, 0.0))
+    ratios = {n: None if e.rms_ratio is None else float(f"{e.rms_ratio:.2e}") for n, e in errors.items()}
+    bad = {n: e.reason for n, e in errors.items() if not e.ok}
     return {"status": "wrong" if bad else "ok", "rms": ratios, **({"bad": bad} if bad else {})}
 
 
@@ -197,6 +215,28 @@ def profiled(family, shape, T):
     return {"status": "ok", "kernel_us": kernels}
 
 
+def cold(family, shape, T):
+    """Seconds until the first result and gradients of a process, compilation included, imports not."""
+    _, both = prepared(family, shape, T)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    both()
+    torch.cuda.synchronize()
+    return {"status": "ok", "first_s": round(time.perf_counter() - begin, 2)}
+
+
+def counted(family, shape, T):
+    """The kernels that a profiler is to count, compiled before it looks."""
+    forward, both = prepared(family, shape, T)
+    forward(), both()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    forward(), both()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    return {"status": "ok"}
+
+
 def sweep(shapes, families, deadline):
     """Tune in worker processes; each launch and each whole call that was tried, and no plan file kept."""
     with tempfile.TemporaryDirectory() as folder:
@@ -251,8 +291,8 @@ def main():
 
 def measure(part, shapes, families, deadline):
     """One part other than the checks, for each length, shape and family."""
-    runs = {"time": timed, "profile": profiled, "host": host}
-    lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,)}
+    runs = {"time": timed, "profile": profiled, "host": host, "cold": cold, "counted": counted}
+    lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,), "cold": (1024,)}
     for T in lengths.get(part, (4096,)):
         for shape in shapes:
             for family in families:

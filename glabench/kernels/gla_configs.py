@@ -11,9 +11,7 @@ from glabench.kernels.plan_files import GATES, KERNELS, Launch, Plan, Point
 
 CHUNK = 64  # tokens: larger ones move fewer bytes, but leave fewer programs a multiprocessor
 CARRY, WIDE = "carry", "wide"  # kernels that carry the state of a whole head
-# Key channels that WIDE takes, by whether arithmetic is float32's. 256 fit in 16-bit arithmetic; 0, which is
-# off, until whole calls with it have been checked and timed on a GPU (README.md, "Versions").
-WIDEST_STATE = {False: 0, True: 0}
+WIDEST_STATE = {False: 256, True: 0}  # key channels that WIDE takes, by whether arithmetic is float32's
 
 CHANNEL = GATES.index("channel")
 
@@ -67,7 +65,7 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
         return Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
-    whole = Launch(min(128, _power2(V)), 8, 1) if K > 2 * BK else Launch(BV, 4, 2)
+    whole = Launch(BV, 8 if K > 2 * BK else 4, 2)
     exact = dataclasses.replace(usual, BV=max(16, BV * BK // _power2(K)))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
     return Plan(chunk, BK, usual, carry, carry, whole, usual, output, usual, exact)

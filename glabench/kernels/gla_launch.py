@@ -33,6 +33,7 @@ from glabench.kernels.gla_wide import wide_kernel
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 4  # a multiprocessor
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
+FEW_PROGRAMS = 1.5  # a multiprocessor: below, narrower tiles that make more of them are faster
 WIDE = gla_configs.WIDE
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
@@ -119,7 +120,8 @@ def carrier_of(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, keep: bool) -
         if carrier == WIDE and shared_memory(q.device) < WIDE_BYTES:
             continue
         programs = _programs(_carry_tile(carrier, q, v, gate, chunks.rows), v, chunks.rows)
-        programs *= segments_of(programs, chunks, q.device)
+        if carrier != WIDE:  # whose gain is less than what the first states of segments cost
+            programs *= segments_of(programs, chunks, q.device)
         if programs >= CARRY_PROGRAMS * multiprocessors(q.device):
             return carrier
     return None
@@ -139,7 +141,7 @@ def _carry_tile(carrier: str, q: Tensor, v: Tensor, gate: int, rows: int, *, rev
     plan = _plan(q, v, gate)
     if carrier != WIDE:
         return plan.carry_back if reverse else plan.carry
-    if plan.wide.warps == 4 and _programs(plan.wide, v, rows) < 1.5 * multiprocessors(q.device):
+    if plan.wide.warps == 4 and _programs(plan.wide, v, rows) < FEW_PROGRAMS * multiprocessors(q.device):
         return _narrower(plan.wide)  # two of its programs fit on a multiprocessor
     return plan.wide
 
@@ -333,7 +335,8 @@ def run_pass(
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `states` and `last` from `first`, in one pass or, where rows are few and long, in segments."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    G = segments_of(state_programs(k, v, gate, chunks.rows), chunks, k.device)
+    programs = key_blocks(k, v, gate) * _programs(state_tile(k, v, gate, chunks.rows), v, chunks.rows)
+    G = segments_of(programs, chunks, k.device)
     if G == 1:
         state_pass(k, v, g, kept, states, first, last, cu_seqlens, chunks, **how)
         return
@@ -390,10 +393,13 @@ def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[C
     return table, firsts
 
 
-def state_programs(k: Tensor, v: Tensor, gate: int, rows: int) -> int:
-    """Programs of state_kernel for so many rows."""
-    plan = _plan(k, v, gate)
-    return -(-k.shape[3] // plan.BK) * -(-v.shape[3] // plan.state.BV) * rows * k.shape[2]
+def state_tile(k: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
+    """The plan's, or half of one wider than 64, in four warps, where that leaves few programs."""
+    tile = _plan(k, v, gate).state
+    few = FEW_PROGRAMS * multiprocessors(k.device)
+    if tile.BV > 64 and key_blocks(k, v, gate) * _programs(tile, v, rows) < few:
+        return dataclasses.replace(_narrower(tile), warps=4)
+    return tile
 
 
 def state_pass(
@@ -415,8 +421,8 @@ def state_pass(
 ) -> None:
     """Launch state_kernel; with `lost`, for the segments' own states and decays."""
     T = k.shape[1]
-    tile = _plan(k, v, gate).state
     bounds, offsets, rows, G = row_table(cu_seqlens, chunks, segments)
+    tile = state_tile(k, v, gate, rows)
     constants = {
         **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
@@ -429,7 +435,7 @@ def state_pass(
         "PRECISION": precision(v.dtype),
     }
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
-    programs = state_programs(k, v, gate, rows)
+    programs = key_blocks(k, v, gate) * _programs(tile, v, rows)
     launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
