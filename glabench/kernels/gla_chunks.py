@@ -9,7 +9,6 @@ from torch import Tensor
 
 from glabench.kernels import ahead
 from glabench.kernels.arguments import check_bounds
-from glabench.kernels.gla_tiles import OVERLAPS
 
 SEGMENT = 4096  # tokens: shorter segments cost more than they save
 WIDE_BYTES = 200 << 10  # of shared memory, which wide_kernel's tiles may take
@@ -96,12 +95,6 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return WIDE_BYTES
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether launches can begin while those before them end: on Hopper and later."""
-    return OVERLAPS and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -11,7 +11,6 @@ from glabench.kernels.gla_tiles import (
     power2,
     row_bounds,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -113,7 +112,6 @@ def exact_kernel(
     Stable: centred decays, fp32 carry; a chunk with a hard tile is taken token by token.
     Source: GLA §4.1; eq. 1 in hard chunks, eq. 3 and 4 in the others.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     NV: tl.constexpr = (V + BV - 1) // BV
     vb, head, row = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)

@@ -24,7 +24,6 @@ from glabench.kernels.gla_tiles import (
     load_tile,
     power2,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -354,7 +353,6 @@ def gradient_kernel(
     Stable: q dq and k dk come from the rounded operands of the products, so that pairs cancel exactly.
     Source: GLA §4.4 and appendix; eq. 4 for the scores.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     NK: tl.constexpr = (K + BK - 1) // BK
     if HARD:

@@ -17,7 +17,6 @@ from glabench.kernels.gla_chunks import (
     Chunks,
     chunks_of,
     multiprocessors,
-    overlaps,
     row_table,
     segments_in,
     segments_of,
@@ -524,7 +523,7 @@ def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
         return
     asked = ahead.asked()
     if asked is not None:
-        asked.append(ahead.Asked(kernel, tensors, numbers, constants, _options(tile, tensors[0])))
+        asked.append(ahead.Asked(kernel, tensors, numbers, constants, tile.options()))
         return
     if INTERPRETED:
         kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
@@ -536,16 +535,9 @@ def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
     with _on(device):
         if compiled is None:
             ahead.compile_rest(tensors[0].device)
-            options = _options(tile, tensors[0])
-            _compiled[key] = kernel[(programs,)](*tensors, *numbers, **constants, **options)
+            _compiled[key] = kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
         else:
             compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
-
-
-def _options(tile: Launch, tensor: Tensor) -> dict[str, int | bool]:
-    """What Triton's launch takes; every kernel here begins with wait_for_earlier."""
-    pdl = {"launch_pdl": True} if overlaps(ahead.device_of(tensor.device)) else {}
-    return {**tile.options(), **pdl}
 
 
 def _on(device: int):

@@ -21,7 +21,6 @@ from glabench.kernels.gla_tiles import (
     load_tile,
     power2,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -139,7 +138,6 @@ def output_kernel(
     Stable: q and k come scaled where gates are a channel; HARD takes them raw, and the scores by halving.
     Source: GLA eq. 3-4, §4.3.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV

@@ -20,7 +20,6 @@ from glabench.kernels.gla_tiles import (
     power2,
     store_scores,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -87,7 +86,6 @@ def scale_kernel(
     """
     TYPE: tl.constexpr = q_out.dtype.element_ty
     NK: tl.constexpr = (K + BK - 1) // BK
-    wait_for_earlier()
     head, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
     rows = tl.arange(0, C)
@@ -153,7 +151,6 @@ def scores_kernel(
     Source: GLA eq. 2; RetNet eq. 5.
     """
     TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
-    wait_for_earlier()
     head, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
     rows = tl.arange(0, C)
@@ -194,7 +191,6 @@ def sums_kernel(
     HBM:    reads g once; writes 12 bytes a token and head.
     Stable: float64. Gates below 2^-256 are taken as that, which is 0 in float32, as is all beyond them.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     NH: tl.constexpr = (H + BH - 1) // BH
     hb, chunk = pid % NH, (pid // NH).to(tl.int64)

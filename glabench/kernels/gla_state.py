@@ -13,7 +13,6 @@ from glabench.kernels.gla_tiles import (
     power2,
     row_bounds,
     store_state,
-    wait_for_earlier,
 )
 
 
@@ -61,7 +60,6 @@ def state_kernel(  # noqa: C901  most branches are constants: one kernel for all
     Stable: fp32 carry; exponents are sums of gates.
     Source: GLA eq. 2, §4.2.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV

@@ -16,7 +16,7 @@ from glabench.errors import ShapeError, UsageError
 from glabench.kernels import gla_chunks, gla_launch
 from glabench.kernels.gla_chunk import check_call, is_traced
 from glabench.kernels.gla_configs import CHUNK, Launch, recurrent_tile
-from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2, wait_for_earlier
+from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
 
 STRIDES = [f"{x}_{axis}" for x in "qkvg" for axis in "bth"] + ["first_b", "first_h", "last_b", "last_h"]
 
@@ -83,7 +83,6 @@ def recurrent_kernel(
     Stable: fp32; a decay is one exponential of a gate <= 0, below 2^-126 it is 0.
     Source: GLA eq. 3.
     """
-    wait_for_earlier()
     pid = tl.program_id(0)
     G_UNIT: tl.constexpr = 1 if GATE == HEAD else UNIT  # a gate a head is read by itself, wherever it lies
     NV: tl.constexpr = (V + BV - 1) // BV

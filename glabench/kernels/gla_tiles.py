@@ -21,34 +21,6 @@ FIXED = tl.constexpr(1)  # one gate a head, the same for every token: [H]
 HEAD = tl.constexpr(2)  # one gate a head and token: [B, T, H]
 CHANNEL = tl.constexpr(3)  # one gate a key channel: [B, T, H, K]
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.language.target_info import cuda_capability_geq
-
-    OVERLAPS = not triton.knobs.runtime.interpret
-except ImportError:  # an older Triton
-    OVERLAPS = False
-
-if OVERLAPS:
-
-    @triton.jit
-    def wait_for_earlier():
-        """First in every kernel: wait for what was launched before, and let what comes next be set up.
-
-        A launch with `launch_pdl` starts while the one before ends (CUDA's programmatic dependent launch).
-        """
-        if cuda_capability_geq(9, 0):
-            gdc_wait()
-            gdc_launch_dependents()
-
-else:
-
-    @triton.jit
-    def wait_for_earlier():
-        """Nothing to do: launches come one after the other."""
-        pass
-
-
 if triton.knobs.runtime.interpret:
 
     @triton.jit

@@ -20,7 +20,6 @@ from glabench.kernels.gla_tiles import (
     power2,
     row_bounds,
     store_tile,
-    wait_for_earlier,
 )
 
 
@@ -82,7 +81,6 @@ def wide_kernel(  # noqa: C901  most branches are constants: one kernel with gat
     """
     tl.static_assert(GATE == CHANNEL or not REVERSE)
     TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
-    wait_for_earlier()
     pid = tl.program_id(0)
     NV: tl.constexpr = (V + BV - 1) // BV
     vb, head, row = pid % NV, pid // NV % H, (pid // (NV * H)).to(tl.int64)
