@@ -17,7 +17,7 @@ POINTS = {  # gate, T, whether one kernel carries the state, whether a state com
     "channel, carried": (3, 130, True, False, True),
     "channel, carried, no gradients": (3, 70, True, True, False),
     "channel, segments": (3, 260, False, False, True),
-    "channel, wide": (3, 130, "wide", True, True),
+    "channel, wide": (3, 130, "wide", True, False),
     "channel, wide, no gradients": (3, 70, "wide", False, False),
     "head, wide, no gradients": (2, 130, "wide", True, False),
     "none, carried": (0, 130, True, False, True),

@@ -81,8 +81,7 @@ SETS = {
     "wide states": [
         _point(f, T, K, V, heads=1, form=form, regime=r, states=T != 65, carried=True, wide=True)
         for f, T, K, V, form, r in (
-            ("gla", 65, 96, 48, "materialised", "trained"),
-            ("gla", 130, 80, 16, "materialised", "mixed"),
+            ("gla", 65, 96, 48, "recompute", "trained"),
             ("gla", 130, 96, 48, "recompute", "extreme"),
             ("gla", 130, 64, 32, "recompute", "mixed"),
             ("gla", 65, 64, 96, "recompute", "trained"),
@@ -94,11 +93,7 @@ SETS = {
     ]
     + [
         _point(f, 200, 80, 16, heads=1, bounds=PACKED, regime="mixed", form=form, carried=True, wide=True)
-        for f, form in (("gla", "materialised"), ("gla", "recompute"), ("simple_gla", "recompute"))
-    ]
-    + [
-        _point(f, 290, 80, 16, heads=1, segment=1, regime="mixed", form=form, carried=True, wide=True)
-        for f, form in (("gla", "materialised"), ("simple_gla", "recompute"))
+        for f, form in (("gla", "recompute"), ("simple_gla", "recompute"))
     ],
     "scores from memory": [_point("gla", 130, 96, 48, heads=1, regime=r) for r in ("trained", "mixed")],
     "longer chunks": [

@@ -47,7 +47,7 @@ KERNELS = {
     "recurrent": recurrent_kernel,
 }
 PLANNED = {"sums": "scale", "scores": "scale"}  # kernels that share a launch
-REVERSIBLE, HARDENED = ("carry", "wide", "state", "output"), ("output", "gradient")
+REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
 DEVICE = "h100_sxm"  # whose plan file is taken
 BATCHES, MULTIPROCESSORS = (1, 64), 132  # of the recurrent kernel, whose tile follows them
 
@@ -68,7 +68,6 @@ def exists(name, gate, K, BK, reverse, hard, wide):
 def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     """The kernel's signature and constants as the launch gives them, pointers and widths aligned to 16."""
     kernel, x = KERNELS[name], POINTERS[dtype]
-    point = Point(K, V, gate, dtype != "bf16")
     state = "*bf16" if dtype == "bf16" else "*fp32"
     types = {
         **dict.fromkeys(("q", "k", "v", "do", "o", "dq_out", "dk_out"), x),
@@ -83,18 +82,25 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
         **dict.fromkeys(STRIDES, "i64"),
     }
-    constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
+    constants = {
+        "H": H,
+        "K": K,
+        "V": V,
+        "C": plan.chunk,
+        "BK": plan.BK,
+        "BV": launch.BV,
+        "BS": min(launch.BV, plan.BK),
+        "GATE": gate,
+    }
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True, "BH": gla_launch.heads_together(H)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
-    is_stored = name != "wide" or gla_configs.WIDE in gla_configs.carriers(point, plan.BK, True)
     has_scores = name in ("wide", "scores") or (gate == GATES["channel"] and K > 2 * plan.BK and not hard)
-    constants |= {"SCORES": has_scores, "APART": launch.warps > 4, "KEEP": is_stored}
+    constants |= {"SCORES": has_scores, "APART": launch.warps > 4}
     if name in ("wide", "exact"):
         constants |= {"BK": triton.next_power_of_2(K), "TILES": -(-K // plan.BK)}
     absent += [] if has_scores else ["scores"]
-    absent += [] if is_stored else ["h"]
     if name == "recurrent":
         constants |= {"KP": plan.BK, "HAS_FIRST": True, "HAS_LAST": True, "UNIT": 16}
     else:

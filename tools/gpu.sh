@@ -17,14 +17,12 @@ mkdir -p "$OUT" "$RESULTS" "$LOGS"
 export PYTHONPATH="$SITE:$PWD" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$SITE/triton-cache" TRITON_CACHE_AUTOTUNING=1
 export GLABENCH_TUNE_MS=${GLABENCH_TUNE_MS:-50}  # of the 125 ms that Triton would take a configuration
 [ -x "$SITE/ptxas" ] && export TRITON_PTXAS_PATH="$SITE/ptxas"
-COUNTERS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum
-COUNTERS+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__throughput.avg.pct_of_peak_sustained_elapsed
-COUNTERS+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,sm__throughput.avg.pct_of_peak_sustained_elapsed
-COUNTERS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-COUNTERS+=,smsp__issue_active.avg.pct_of_peak_sustained_active,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem
-for why in long_scoreboard short_scoreboard barrier gmma math_pipe_throttle wait lg_throttle mio_throttle; do
-    COUNTERS+=,smsp__average_warps_issue_stalled_${why}_per_issue_active.ratio
-done
+percent() { printf ',%s.avg.pct_of_peak_sustained_%s' "$@"; }
+COUNTERS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,launch__registers_per_thread
+COUNTERS+=$(percent dram__throughput elapsed lts__throughput elapsed sm__inst_executed_pipe_tensor active \
+    sm__warps_active active smsp__issue_active active)
+COUNTERS+=$(printf ',smsp__average_warps_issue_stalled_%s_per_issue_active.ratio' long_scoreboard short_scoreboard \
+    barrier gmma wait mio_throttle)
 pack() { tar czf "$OUT/gpu.tar.part" -C "$SITE" results logs && mv "$OUT/gpu.tar.part" "$OUT/gpu.tar.gz"; }
 (while sleep 30; do pack; done) 2> /dev/null & packer=$!
 trap 'kill $packer; pack' EXIT
@@ -37,15 +35,7 @@ pack_cache() {
         "$OUT/triton-cache.tar.xz"
 }
 
-unCOUNTERS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum
-COUNTERS+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__throughput.avg.pct_of_peak_sustained_elapsed
-COUNTERS+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,sm__throughput.avg.pct_of_peak_sustained_elapsed
-COUNTERS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-COUNTERS+=,smsp__issue_active.avg.pct_of_peak_sustained_active,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem
-for why in long_scoreboard short_scoreboard barrier gmma math_pipe_throttle wait lg_throttle mio_throttle; do
-    COUNTERS+=,smsp__average_warps_issue_stalled_${why}_per_issue_active.ratio
-done
-pack() {  # unpack ARCHIVE...: into SITE, and tell the entries of a Triton cache where they are now
+unpack() {  # unpack ARCHIVE...: into SITE, and tell the entries of a Triton cache where they are now
     local archive
     for archive in "$@"; do
         python3 -m tarfile -e "$archive" "$SITE" || return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glabench.kernels import gla_launch
 from glabench.kernels.gla_chunks import Chunks, chunks_of
-from glabench.kernels.gla_configs import CARRY, WIDE
+from glabench.kernels.gla_configs import WIDE
 from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, Kept
 
 LOSS = -0.05  # of a state made up, in nats: what the values are does not change what is launched
@@ -58,13 +58,11 @@ def uses_of(
     states = calls(h)
     outputs, both, grads = calls(o), calls(h, o), calls(dq, dk, dg)
     return {
-        "scale": Alone(make, lambda made: [x for x in made if x is not None]),
-        "carry": Alone(lambda: run.run_carry(CARRY, xs, ys, v, g, kept, h, o, *ends, **on), both),
-        "carry back": Alone(lambda: run.run_carry(CARRY, ys, xs, do, g, kept, h, o, *ends, **back), both),
-        "carry alone": Alone(lambda: run.run_carry(CARRY, xs, ys, v, g, kept, None, o, *ends, **on), outputs),
-        "wide": Alone(lambda: run.run_carry(WIDE, xs, ys, v, g, kept, h, o, *ends, **on), both),
-        "wide back": Alone(lambda: run.run_carry(WIDE, ys, xs, do, g, kept, h, o, *ends, **back), both),
-        "wide alone": Alone(lambda: run.run_carry(WIDE, xs, ys, v, g, kept, None, o, *ends, **on), outputs),
+        "scale": Alone(make, lambda made: [x for x in made if x is not None and x is not q and x is not k]),
+        "carry": Alone(lambda: run.run_carry(xs, ys, v, g, kept, h, o, *ends, **on), both),
+        "carry back": Alone(lambda: run.run_carry(ys, xs, do, g, kept, h, o, *ends, **back), both),
+        "carry alone": Alone(lambda: run.run_carry(xs, ys, v, g, kept, None, o, *ends, **on), outputs),
+        "wide": Alone(lambda: run.run_wide(xs, ys, v, g, kept, o, *ends, **how), outputs),
         "state": Alone(lambda: run.run_state(ys, v, g, kept, h, *ends, **on), states),
         "state back": Alone(lambda: run.run_state(xs, do, g, kept, h, *ends, **back), states),
         "output": Alone(lambda: run.run_output(xs, ys, v, g, two, two.states, o, chunks, **on), outputs),

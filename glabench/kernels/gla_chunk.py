@@ -102,6 +102,8 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
     if form not in FORMS:
         raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
+    if form == "auto" and not torch.is_grad_enabled():
+        form = "recompute"  # keeps nothing, which nobody would ask for
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if is_traced(q):
         o, final, *_ = chunk_op(

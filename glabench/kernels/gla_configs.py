@@ -65,21 +65,22 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
         return Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
-    whole = Launch(BV, 8 if K > 2 * BK else 4, 2)
+    whole = Launch(min(128, _power2(V)), 8, 1) if K > 2 * BK else Launch(BV, 4, 2)
+    scale = Launch(min(32, BK), 4, 1 if wide else 2)
     exact = dataclasses.replace(usual, BV=max(16, BV * BK // _power2(K)))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
-    return Plan(chunk, BK, usual, carry, carry, whole, usual, output, usual, exact)
+    return Plan(chunk, BK, scale, carry, carry, whole, usual, output, usual, exact)
 
 
 def carriers(point: Point, BK: int, keep: bool) -> tuple[str, ...]:
-    """Kernels that hold the state of a whole head of these widths, the faster first.
+    """Kernels that hold the state of a whole head of these widths, the faster first; `keep`: and store it.
 
-    WIDE takes scores from memory. With gates a channel they come with scaled q and k; else they cost a pass,
-    which pays where no states are stored. Two blocks of keys that are stored are faster in CARRY.
+    WIDE stores no states. It takes scores from memory: with gates a channel they come with scaled q and k,
+    else they cost a pass, which pays where CARRY holds no such state.
     """
     blocks = -(-point.d_k // BK)
-    pays = (blocks > 2 or not keep) if point.gate == CHANNEL else (blocks > 2 and not keep)
-    wide = blocks > 1 and pays and point.d_k <= WIDEST_STATE[point.wide]
+    least = 1 if point.gate == CHANNEL else 2
+    wide = not keep and least < blocks and point.d_k <= WIDEST_STATE[point.wide]
     return (WIDE,) * wide + (CARRY,) * (blocks <= 2)
 
 

@@ -117,10 +117,11 @@ def carrier_of(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, keep: bool) -
     `keep`: the states are stored; so they are in a backward pass.
     """
     for carrier in carriers(q, v, gate, keep=keep):
-        if carrier == WIDE and shared_memory(q.device) < WIDE_BYTES:
-            continue
-        programs = _programs(_carry_tile(carrier, q, v, gate, chunks.rows), v, chunks.rows)
-        if carrier != WIDE:  # whose gain is less than what the first states of segments cost
+        if carrier == WIDE:  # never in segments: it gains less than their first states cost
+            programs = _programs(wide_tile(q, v, gate, chunks.rows), v, chunks.rows)
+            programs *= shared_memory(q.device) >= WIDE_BYTES
+        else:
+            programs = _programs(_plan(q, v, gate).carry, v, chunks.rows)
             programs *= segments_of(programs, chunks, q.device)
         if programs >= CARRY_PROGRAMS * multiprocessors(q.device):
             return carrier
@@ -137,13 +138,12 @@ def _programs(tile: Launch, v: Tensor, rows: int) -> int:
     return -(-v.shape[3] // tile.BV) * v.shape[2] * rows
 
 
-def _carry_tile(carrier: str, q: Tensor, v: Tensor, gate: int, rows: int, *, reverse: bool = False) -> Launch:
-    plan = _plan(q, v, gate)
-    if carrier != WIDE:
-        return plan.carry_back if reverse else plan.carry
-    if plan.wide.warps == 4 and _programs(plan.wide, v, rows) < FEW_PROGRAMS * multiprocessors(q.device):
-        return _narrower(plan.wide)  # two of its programs fit on a multiprocessor
-    return plan.wide
+def wide_tile(q: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
+    """The plan's, or half of it where that leaves few programs: two of four warps fit on a multiprocessor."""
+    tile = _plan(q, v, gate).wide
+    if tile.warps == 4 and _programs(tile, v, rows) < FEW_PROGRAMS * multiprocessors(q.device):
+        return _narrower(tile)
+    return tile
 
 
 @functools.cache
@@ -181,8 +181,8 @@ def scaled(
     totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
     reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
     scaled_q, scaled_k = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
-    constants |= {"PACKED": chunks.table is not None, "SCORES": scores is not None}
-    constants["PRECISION"] = precision(q.dtype)
+    constants |= {"BS": min(plan.scale.BV, plan.BK), "PACKED": chunks.table is not None}
+    constants |= {"SCORES": scores is not None, "PRECISION": precision(q.dtype)}
     tensors = (q, k, g, totals, reach, scaled_q, scaled_k, scores, chunks.table)
     launch(scale_kernel, H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale)
     return Kept(None, totals, reach, scaled_q, scaled_k, scores)
@@ -328,8 +328,10 @@ def run_pass(
     if carrier is None:
         run_state(k, v, g, kept, states, *ends, **how)
         run_output(q, k, v, g, kept, states, o, chunks, **how)
+    elif carrier == WIDE:
+        run_wide(q, k, v, g, kept, o, *ends, scale=scale, gate=gate)
     else:
-        run_carry(carrier, q, k, v, g, kept, states, o, *ends, **how)
+        run_carry(q, k, v, g, kept, states, o, *ends, **how)
 
 
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
@@ -344,12 +346,10 @@ def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, 
     state_pass(k, v, g, kept, states, firsts, last, None, chunks, **how, segments=table)
 
 
-def run_carry(
-    carrier, q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse
-) -> None:
+def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `o`, `last` and, unless None, `states`, from `first`; in segments, as run_state."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    tile = _carry_tile(carrier, k, v, gate, chunks.rows, reverse=reverse)
+    tile = _plan(k, v, gate).carry_back if reverse else _plan(k, v, gate).carry
     G = segments_of(_programs(tile, v, chunks.rows), chunks, q.device)
     table = None
     if G > 1:
@@ -357,21 +357,36 @@ def run_carry(
     T = k.shape[1]
     bounds, offsets, rows, G = row_table(cu_seqlens, chunks, table)
     constants = {
-        **(_whole_heads if carrier == WIDE else _sizes)(k, v, gate, tile),
+        **_sizes(k, v, gate, tile),
         "REVERSE": reverse,
         "PACKED": bounds is not None,
         "HAS_FIRST": first is not None,
         "HAS_LAST": last is not None,
         "SEGMENTS": G,
         "KEEP": states is not None,
+        "WIDE": state_dtype(k.dtype) != torch.bfloat16,
+        "PRECISION": precision(v.dtype),
     }
-    scores = ()
-    if carrier == WIDE:
-        scores, constants["APART"] = (kept.scores,), tile.warps > 4
-    constants |= {"WIDE": state_dtype(k.dtype) != torch.bfloat16, "PRECISION": precision(v.dtype)}
-    tensors = (q, k, v, g, kept.totals, kept.reach, *scores, states, o, first, last, bounds, offsets)
-    kernel = wide_kernel if carrier == WIDE else carry_kernel
-    launch(kernel, _programs(tile, v, rows), tensors, (scale, T, chunks.each), constants, tile)
+    tensors = (q, k, v, g, kept.totals, kept.reach, states, o, first, last, bounds, offsets)
+    launch(carry_kernel, _programs(tile, v, rows), tensors, (scale, T, chunks.each), constants, tile)
+
+
+def run_wide(q, k, v, g, kept, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
+    """Fill `o` and `last` from `first` and kept scores."""
+    tile = wide_tile(k, v, gate, chunks.rows)
+    constants = {
+        **_whole_heads(k, v, gate, tile),
+        "PACKED": cu_seqlens is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_LAST": last is not None,
+        "APART": tile.warps > 4,
+        "WIDE": state_dtype(k.dtype) != torch.bfloat16,
+        "PRECISION": precision(v.dtype),
+    }
+    ends = (first, last, cu_seqlens, chunks.offsets)
+    tensors = (q, k, v, g, kept.totals, kept.reach, kept.scores, o, *ends)
+    programs = _programs(tile, v, chunks.rows)
+    launch(wide_kernel, programs, tensors, (scale, k.shape[1], chunks.each), constants, tile)
 
 
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:

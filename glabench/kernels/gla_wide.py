@@ -1,4 +1,4 @@
-"""State pass and output in one kernel, for wide states: scores come from memory, and keys come first.
+"""A pass that stores no states, in one kernel: scores come from memory, and keys come first.
 
 As gla_carry, for up to 256 key channels: without scores to make, and with a state [K, V] whose products all
 have 64 rows or more, a program's registers hold four times the state.
@@ -41,7 +41,6 @@ def wide_kernel(  # noqa: C901  most branches are constants: one kernel with gat
     total,
     reach,
     scores,
-    h,
     o,
     first,
     last,
@@ -58,28 +57,22 @@ def wide_kernel(  # noqa: C901  most branches are constants: one kernel with gat
     BV: tl.constexpr,
     GATE: tl.constexpr,
     TILES: tl.constexpr,
-    REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_LAST: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    KEEP: tl.constexpr,
     APART: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o of one head of one row, for BV of its value channels and all BK >= K keys'; the states if KEEP.
+    """o of one head of one row, for BV of its value channels and all BK >= K keys'.
 
     Math:   o = q S + A v, S' = e^(b_C) S + k^T v; with gates a channel q and k come from scale_kernel with
             decays and scale, and S is as it is stored; a head's gates are taken here, but for A, the scores.
-            REVERSE, from q = k, k = q, v = do and A transposed, gives dv and the states' gradients; for
-            gates a channel only.
-    Grid:   V / BV, H, rows, the first fastest; a row's segments are rows, `first` has a state for each.
-    HBM:    reads q, k and scores V / BV times and v once; writes o and, if KEEP, K V / C elements a token.
+    Grid:   V / BV, H, rows, the first fastest.
+    HBM:    reads q, k and scores V / BV times and v once; writes o.
     Stable: fp32 carry. The output of chunks with a hard tile is left to other kernels.
     Source: GLA §4.1, the form without materialisation; eq. 2 and 3.
     """
-    tl.static_assert(GATE == CHANNEL or not REVERSE)
     TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16  # float16 could not hold what decays scale
     pid = tl.program_id(0)
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -87,40 +80,36 @@ def wide_kernel(  # noqa: C901  most branches are constants: one kernel with gat
     low, high, chunk0, chunks = row_bounds(row, bounds, offsets, T, N, PACKED)
     rows = tl.arange(0, C)
     ks, vs = tl.arange(0, BK), vb * BV + tl.arange(0, BV)
-    whole = ks[:, None] * V + vs[None, :]  # of [K, V], as states come and go
-    kept_at = vs[None, :] * K + ks[:, None]  # of [V, K], as they are stored
+    whole = ks[:, None] * V + vs[None, :]
     inside = (ks < K)[:, None] & (vs < V)[None, :]
     S = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
         S = tl.load(first + (row * H + head) * K * V + whole, mask=inside, other=0.0)
     sums, lowest = tl.zeros([BK], tl.float32), 0.0
     if GATE == CHANNEL:
-        at = (chunk0 + (chunks - 1 if REVERSE else 0)) * H + head
+        at = chunk0 * H + head
         sums = tl.load(total + at * K + ks, mask=(ks < K) & (chunks > 0), other=0.0)
         lowest = least(reach, at, chunks > 0, TILES)
     factor = power2(kept_share(sums))  # the state's, when its chunk comes
     for n in range(chunks):
-        m = chunks - 1 - n if REVERSE else n
-        start = low + m * C
+        start = low + n * C
         count = tl.minimum(high - start, C).to(tl.int32)
-        at = (chunk0 + m) * H + head
+        at = (chunk0 + n) * H + head
         token = start * H + head
         value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)
         x = load_tile(q + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
         y = load_tile(k + token * K, rows, count, H * K, 0, K, BK).to(TYPE)
-        A = load_scores(scores, at, C, REVERSE)
+        A = load_scores(scores, at, C, False)
         own = value
         if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
             from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
             own = (value * power2(to_end)[:, None]).to(TYPE)
         if GATE == CHANNEL:
             S = S * factor[:, None]
-        if KEEP:
-            tl.store(h + at * K * V + kept_at, S.to(h.dtype.element_ty), mask=inside)
         out = tl.dot(x, S.to(TYPE), input_precision=PRECISION)
         if GATE == CHANNEL:
             more = chunks - 1 - n > 0  # what comes is loaded a chunk ahead: nothing waits for it
-            ahead = (chunk0 + (m - 1 if REVERSE else m + 1)) * H + head
+            ahead = at + H
             coming = tl.load(total + ahead * K + ks, mask=(ks < K) & more, other=0.0)
             kept = kept_share(sums)
             if lowest < -2 * LIMIT:
@@ -141,6 +130,5 @@ def wide_kernel(  # noqa: C901  most branches are constants: one kernel with gat
             out = tl.dot(A.to(TYPE), value, out, input_precision=PRECISION)
         store_tile(o + token * V, out, rows, count, H * V, vb * BV, V, BV)
     if HAS_LAST:
-        final = row % SEGMENTS == (0 if REVERSE else SEGMENTS - 1)
         S = S * factor[:, None] if GATE == CHANNEL else S
-        tl.store(last + (row // SEGMENTS * H + head) * K * V + whole, S, mask=inside & final)
+        tl.store(last + (row * H + head) * K * V + whole, S, mask=inside)

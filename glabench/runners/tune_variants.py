@@ -9,7 +9,7 @@ from glabench.kernels import gla_configs
 from glabench.kernels.plan_files import KERNELS, SIZES, Changes, Launch, Plan, Point
 
 GATES = {"linear_attention_chunk": 0, "retention_chunk": 1, "simple_gla_chunk": 2, "gla_chunk": 3}
-USES = ("scale", "carry", "carry back", "carry alone", "wide", "wide back", "wide alone")
+USES = ("scale", "carry", "carry back", "carry alone", "wide")
 USES += ("state", "state back", "output", "output back", "gradient")
 MARGIN = 0.01  # of the time: a launch or plan that gains less is not told from noise
 RULE = "the rule"
@@ -26,7 +26,7 @@ _CARRY = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
 _CARRY_128 = [(64, 8, 1), (64, 8, 2)]
 VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the best on some GPU, or near it
     64: _launches(
-        scale=[(64, 4, 1), (64, 4, 2), (64, 4, 3)],
+        scale=[(32, 4, 1), (32, 4, 2), (32, 4, 3), (32, 8, 1), (64, 4, 1)],
         carry=_CARRY,
         carry_back=_CARRY,
         wide=[(64, 4, 2), (64, 8, 2), (128, 8, 1)],
@@ -91,7 +91,7 @@ def describe(launch: Launch) -> str:
 
 def exists(use: str, point: Point, plan: Plan) -> bool:
     """Whether a call of these widths and gates can use a kernel so."""
-    name, is_kept = use.split()[0], not use.endswith("alone")
+    name, is_kept = use.split()[0], use not in ("carry alone", WIDE)
     if name in (CARRY, WIDE):
         return name in gla_configs.carriers(point, plan.BK, keep=is_kept)
     # of other gates, it is the scores' launch
