@@ -66,7 +66,9 @@ class Trainer:
             fuse(self.model, operations=not settings.compile)  # a compiler fuses norms and SwiGLU itself
         processes.shard(self.model, state)
         if settings.compile:
-            self.model.compile()
+            from glabench.models.compiling import compile_blocks
+
+            compile_blocks(self.model)
         self.optimizer = optimizer.make(self.model, settings)
         self.step = 0
 
