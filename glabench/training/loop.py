@@ -84,10 +84,11 @@ class Trainer:
         _seed_step(self.seed, self.step, self.state.process_index)
         first = self.step * settings.sequences + self.state.process_index * mine
         total = torch.zeros((), device=self.state.device)
+        rows = self._to_device(self.order.rows(first, mine))  # at once: each copy waits for the device
         self.model.train()
         for at in range(0, mine, settings.micro_batch):
             count = min(settings.micro_batch, mine - at)
-            ids = self._to_device(self.order.rows(first + at, count))
+            ids = rows[at : at + count]
             # equal lengths: the mean over sequences is the mean over predicted tokens
             for loss in segment_losses(self.model, ids, settings.segments, self._autocast):
                 part = loss * (count / mine / settings.segments)
