@@ -188,6 +188,7 @@ def test_micro_batches_add_up_to_the_batch(whole, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The .grad attribute of a Tensor")  # the compiler's
 def test_compiled_blocks_give_the_losses_of_eager_ones(whole, data, tmp_path):
     path, reference = whole
     trained(path, data, tmp_path / "run", "--compile")
