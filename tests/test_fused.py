@@ -33,9 +33,9 @@ def test_the_fused_loss_is_transformers_own_without_logits(family, interpreted):
     found = interpreted[family]
     assert found["replaced"] == ["linear_cross_entropy"] and "LinearCrossEntropy" in found["node"]
     plain, fused, evaluated = found["loss"]
-    assert abs(fused - plain) <= TWO_FP32_FORMS * plain and evaluated == plain
+    assert max(abs(fused - plain), abs(evaluated - plain)) <= TWO_FP32_FORMS * plain
     assert found["worst_gradient"] <= TWO_FP32_FORMS
-    assert found["logits"] == [[2, 9, 259], [2, 9, 32], [2, 9, 259]]  # hidden states stand in for them
+    assert found["logits"] == [[2, 9, 259], [2, 9, 32], [2, 9, 32]]  # hidden states stand in for them
 
 
 def test_on_a_cpu_it_is_refused_in_one_line(tmp_path):

@@ -187,6 +187,15 @@ def test_micro_batches_add_up_to_the_batch(whole, data, tmp_path):
         assert abs(float(mine["loss"]) / float(one["loss"]) - 1) < TRAINING
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The .grad attribute of a Tensor")  # the compiler's
+def test_compiled_blocks_give_the_losses_of_eager_ones(whole, data, tmp_path):
+    path, reference = whole
+    trained(path, data, tmp_path / "run", "--compile")
+    for mine, one in zip(metrics(tmp_path / "run"), metrics(reference), strict=True):
+        assert abs(float(mine["loss"]) / float(one["loss"]) - 1) < TRAINING
+
+
 def test_gradient_checkpointing_changes_nothing(whole, data, tmp_path):
     trained(config(tmp_path / "a.toml", grad_checkpointing=True, eval_every=5), data, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole[1])

@@ -109,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reserve", type=float, default=0, help="of them, kept from training for `evaluate`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plain", action="store_true", help="without Liger-Kernel's fused operations")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the models' blocks")
     parser.add_argument("--weights", action="store_true", help="pack the last checkpoints' weights too")
     return parser.parse_args()
 
@@ -157,7 +158,7 @@ def settings(site: Site, tokens: int, lr: float, segments: int = 1) -> dict:
         "steps": steps, "batch_tokens": batch, "seqlen": args.seqlen, "segments": segments,
         "warmup_steps": min(steps - 1, max(1, steps // 20)), "lr": lr, "lr_end": lr / 10,
         "weight_decay": 0.01, "micro_batch": args.micro_batch, "eval_every": every, "save_every": 2 * every,
-        "keep": 1, "fused": site.fused,
+        "keep": 1, "fused": site.fused, "compile": args.compile,
     }  # fmt: skip
 
 

@@ -108,6 +108,9 @@ def train(
     fused: Annotated[
         bool, typer.Option("--fused", help="Liger-Kernel's loss, norms and SwiGLU, on a GPU.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the blocks: the first step takes a while.")
+    ] = False,
     device: opt.Device = "auto",
     json_: opt.Json = False,
 ) -> None:
@@ -122,6 +125,7 @@ def train(
         seed=seed,
         micro_batch=micro_batch,
         fused=fused,
+        compiled=compiled,
         device=device,
         say=say,
     )

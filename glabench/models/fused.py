@@ -21,13 +21,14 @@ NORMS = {
 MODELS = ("glabench_gla", "glabench_retnet", "llama", "mamba", "mamba2")
 ROTARY = "apply_rotary_pos_emb"  # what transformers' Llama layer calls
 IGNORED = -100  # the label that has no loss, in transformers as in PyTorch
+LOGITS = 1 << 28  # made at a time: products of fewer rows leave a large GPU half empty
 
 
 def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tuple[str, ...]:
     """Let a causal language model, ours or transformers', compute with Liger-Kernel; its weights stay.
 
     `operations`: every RMSNorm, swish(x) * y, and the transformer's rotary positions. `loss`: the output
-    matrix and the cross-entropy in one, in training with labels; logits are then not made, and the
+    matrix and the cross-entropy in one, where there are labels; logits are then not kept, and the
     output's `logits` are the last hidden states.
     Returns what was replaced: of rms_norm, silu_mul, rotary, linear_cross_entropy.
     Raises: UnavailableError without Liger-Kernel or a GPU, and for models of other kinds.
@@ -51,7 +52,7 @@ def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tup
 
 def _fuse_module(module: nn.Module) -> list[str]:
     """Replace what this one module computes itself; its children come in turn."""
-    if _name(module) in NORMS:
+    if is_rms_norm(module):
         module.forward = MethodType(_rms_norm, module)
         return ["rms_norm"]
     if hasattr(module, "silu_mul"):
@@ -65,6 +66,11 @@ def _fuse_module(module: nn.Module) -> list[str]:
     return []
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether it is known to compute x / rms(x) * weight."""
+    return _name(module) in NORMS
+
+
 def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
@@ -73,7 +79,14 @@ def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm
 
     eps, casting = NORMS[_name(module)]
-    return liger_rms_norm(x, module.weight, getattr(module, eps), 0.0, casting, False)
+    # once: autocast would do it for each projection that follows, and again for each of their gradients
+    return _narrow(liger_rms_norm(x, module.weight, getattr(module, eps), 0.0, casting, False))
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """In autocast's type, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _swiglu(module: nn.Module, x: Tensor) -> Tensor:
@@ -105,7 +118,7 @@ def _fuse_loss(model: nn.Module) -> None:
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal wanted
-        wanted = model.training and kwargs.get("labels") is not None
+        wanted = kwargs.get("labels") is not None
 
     def logits(x: Tensor) -> Tensor:
         return x if wanted else F.linear(x, head.weight, head.bias)
@@ -122,18 +135,20 @@ def _fuse_loss(model: nn.Module) -> None:
 
 @torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, its logits made and dropped in parts.
+    """Mean cross-entropy of the next token, LOGITS or fewer made at a time and dropped.
 
     Shapes: hidden [B, T, D], weight [vocabulary, D], labels [B, T]. Under autocast in its type; the
     weight's gradient is summed in float32.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _narrow(hidden.flatten(0, 1)), _narrow(weight)
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    # Liger makes as many logits at a time as `hidden` has elements: at small widths, parts of few rows
     return liger_fused_linear_cross_entropy(
-        hidden.flatten(0, 1), weight, following.flatten(), accum_dtype=torch.float32
+        hidden,
+        weight,
+        following.flatten(),
+        accum_dtype=torch.float32,
+        chunk_mem_const=max(1, LOGITS // hidden.numel()),
     )

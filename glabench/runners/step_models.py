@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, Mamba2Config, MambaConfig, PreTrainedConfig
+from transformers import LlamaConfig, Mamba2Config, PreTrainedConfig
 
 from glabench.cases import Arm, Case
 from glabench.errors import GlabenchError, UnavailableError, UsageError, nearest
 from glabench.installed import installed_version, is_installed, no_fused_operations
-from glabench.models import catalog, fused, layouts, mixer
+from glabench.models import catalog, compiling, fused, layouts, mixer
 from glabench.models.config import LinearAttentionConfig
 from glabench.registry import implementations
 from glabench.runners import cells, tuning, turns
@@ -25,7 +25,6 @@ from glabench.worker import CellFailure, emit_phase, settle_garbage
 
 LOSS_NEAR = 1.0  # nats that random weights may be off ln(vocabulary)
 LAYER_TOKENS = 256  # of the layer's own check
-RECOMPILES = 256  # every shape compiles anew; past dynamo's own limit it would go on eagerly, and say nothing
 BUILTIN = re.compile(r"(Backward\d+|AccumulateGrad)$")  # PyTorch's own nodes of an autograd graph
 SHOWN = re.compile(r"ScaledDotProduct")  # of those, the ones a row names
 
@@ -132,7 +131,7 @@ def built(chosen: str) -> Built:
     emit_phase("check")
     facts |= _check(built, arm, layer, device)
     if condition == "modern":
-        _compile(model)
+        compiling.compile_blocks(model)
     facts["compile"] = "blocks" if condition == "modern" else "no"
     settle_garbage()
     return built
@@ -171,18 +170,6 @@ def _peer(name: str, is_modern: bool) -> nn.Module:
     fields = layouts.to_fla(catalog.config(name))
     loss = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": is_modern}
     return GLAForCausalLM(GLAConfig.from_dict(fields | loss))
-
-
-def _compile(model: nn.Module) -> None:
-    """Block by block: one block's graph serves all, and a layer that cannot be traced stays eager alone."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = RECOMPILES
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a layer's number is no reason to compile anew
-    for block in model.base_model.layers:
-        if isinstance(model.config, MambaConfig | Mamba2Config):  # mamba-ssm's call is the whole mixer
-            block.mixer.forward = torch.compiler.disable(block.mixer.forward)
-        block.compile(dynamic=False)
 
 
 # --- checks before any timing -----------------------------------------------------------------------------

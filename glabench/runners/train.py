@@ -20,6 +20,7 @@ def train(
     seed: int,
     micro_batch: int | None,
     fused: bool,
+    compiled: bool,
     device: str,
     say: Callable[[str], None],
 ) -> dict[str, Any] | None:
@@ -37,7 +38,7 @@ def train(
     from glabench.training import folder, settings
 
     device = env.pick_device(device)
-    config = settings.load(name, steps=steps, micro_batch=micro_batch, fused=fused)
+    config = settings.load(name, steps=steps, micro_batch=micro_batch, fused=fused, compiled=compiled)
     config = settings.resolve_precision(config, device)
     made = corpus.read_manifest(data)
     is_main = int(os.environ.get("RANK", 0)) == 0

@@ -66,7 +66,9 @@ class Trainer:
             fuse(self.model, operations=not settings.compile)  # a compiler fuses norms and SwiGLU itself
         processes.shard(self.model, state)
         if settings.compile:
-            self.model.compile()
+            from glabench.models.compiling import compile_blocks
+
+            compile_blocks(self.model)
         self.optimizer = optimizer.make(self.model, settings)
         self.step = 0
 
@@ -82,10 +84,11 @@ class Trainer:
         _seed_step(self.seed, self.step, self.state.process_index)
         first = self.step * settings.sequences + self.state.process_index * mine
         total = torch.zeros((), device=self.state.device)
+        rows = self._to_device(self.order.rows(first, mine))  # at once: each copy waits for the device
         self.model.train()
         for at in range(0, mine, settings.micro_batch):
             count = min(settings.micro_batch, mine - at)
-            ids = self._to_device(self.order.rows(first + at, count))
+            ids = rows[at : at + count]
             # equal lengths: the mean over sequences is the mean over predicted tokens
             for loss in segment_losses(self.model, ids, settings.segments, self._autocast):
                 part = loss * (count / mine / settings.segments)

@@ -47,7 +47,7 @@ class Settings:
     precision: str = "auto"  # bf16 autocast on a GPU, fp32 on a CPU; weights and AdamW's moments are fp32
     micro_batch: int = 8  # sequences in one forward pass of one process
     grad_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = False  # torch.compile, block by block
     fused: bool = False  # Liger-Kernel's loss and, where nothing is compiled, norms and SwiGLU; on a GPU
     eval_every: int = 0  # steps; 0: after the last one only
     eval_tokens: int = 1 << 20  # of the validation split, from its start
@@ -130,7 +130,12 @@ class Config:
 
 
 def load(
-    name: str, *, steps: int | None = None, micro_batch: int | None = None, fused: bool = False
+    name: str,
+    *,
+    steps: int | None = None,
+    micro_batch: int | None = None,
+    fused: bool = False,
+    compiled: bool = False,
 ) -> Config:
     """A .toml file, or the name of a shipped configuration with its size's recipe.
 
@@ -154,8 +159,7 @@ def load(
         recipe["warmup_steps"] = min(recipe.get("warmup_steps", 0), max(1, steps // 10))
     if micro_batch is not None:
         recipe["micro_batch"] = micro_batch
-    if fused:
-        recipe["fused"] = True
+    recipe |= {key: True for key, on in (("fused", fused), ("compile", compiled)) if on}
     return Config(model, _settings(recipe, where))
 
 
