@@ -53,7 +53,8 @@ def main():
                 passes(gate, K=144, keep=gate == gla_launch.CHANNEL)
         gla_launch.CARRY_PROGRAMS = 0
         passes(gla_launch.CHANNEL, K=144, keep=False)
-        print(json.dumps({"kernels": sorted(names), "launches": len(tune_without_gpu.launched)}))  # noqa: T201
+        found = {"kernels": sorted(names), "launches": len(tune_without_gpu.launched)}
+        print(json.dumps(found | {"imports_sympy": "sympy" in sys.modules}))  # noqa: T201
         return
     passes(gla_launch.NONE, times=2)
     found = {

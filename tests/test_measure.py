@@ -153,6 +153,19 @@ def test_a_host_that_needs_longer_than_in_warm_up_gets_a_longer_spin(gpu):
     assert taken["samples_ms"] == pytest.approx([0.5] * len(taken["samples_ms"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("every", [2, 7])
+def test_a_host_that_is_held_up_now_and_then_neither_waits_nor_spoils_a_sample(gpu, every):
+    calls = []
+
+    def call():
+        calls.append(gpu.now)
+        gpu.call(host_ms=0.3 if len(calls) % every else 8.0, device_ms=0.5)()
+
+    taken, _ = time_on(gpu, call)
+    assert (taken["timer"], taken["syncs_inside"]) == ("cuda_events_blocked", "no")
+    assert taken["samples_ms"] == pytest.approx([0.5] * len(taken["samples_ms"]), rel=1e-6)
+
+
 # --- clocks -----------------------------------------------------------------------------------------------
 
 

@@ -89,7 +89,6 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         "C": plan.chunk,
         "BK": plan.BK,
         "BV": launch.BV,
-        "BS": min(launch.BV, plan.BK),
         "GATE": gate,
     }
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}

@@ -66,10 +66,9 @@ def rule(point: Point, chunk: int = CHUNK) -> Plan:
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
     whole = Launch(min(128, _power2(V)), 8, 1) if K > 2 * BK else Launch(BV, 4, 2)
-    scale = Launch(min(32, BK), 4, 1 if wide else 2)
     exact = dataclasses.replace(usual, BV=max(16, BV * BK // _power2(K)))
     output = Launch(128, 4, 2) if not wide and V >= 128 else usual
-    return Plan(chunk, BK, scale, carry, carry, whole, usual, output, usual, exact)
+    return Plan(chunk, BK, usual, carry, carry, whole, usual, output, usual, exact)
 
 
 def carriers(point: Point, BK: int, keep: bool) -> tuple[str, ...]:

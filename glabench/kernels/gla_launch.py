@@ -79,12 +79,15 @@ def forward(
 
 
 def _whole(tensors: tuple[Tensor | None, ...], how: dict) -> None:
-    """The launches of a call, and of its backward pass where it keeps what that needs, without memory."""
+    """The launches of a call, and of its backward pass where it keeps what that needs, without memory.
+
+    Memory is asked for by new_empty alone: other functions, for tensors without any, import symbolic algebra.
+    """
     q, k, v, g, state = (None if x is None else torch.empty_like(x, device="meta") for x in tensors[:5])
     kept = _forward(q, k, v, g, state, tensors[5], **how)[2]
     if kept is not None:
         options = {"scale": how["scale"], "gate": how["gate"], "wants_d_initial": state is not None}
-        backward(torch.empty_like(v), None, q, k, v, g, kept, tensors[5], **options)
+        backward(v.new_empty(v.shape), None, q, k, v, g, kept, tensors[5], **options)
 
 
 def _forward(
@@ -94,7 +97,7 @@ def _forward(
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
     final = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if output_final_state else None
-    o = torch.empty_like(v)
+    o = v.new_empty(v.shape)
     carrier = carrier_of(q, v, gate, chunks, keep=keep)
     has_scores = carrier == WIDE or keeps_scores(q, v, gate)
     kept = scaled(q, k, v, g, chunks, scale=scale, gate=gate, has_scores=has_scores)
@@ -180,9 +183,9 @@ def scaled(
     blocks = key_blocks(q, v, gate)
     totals = k.new_empty(chunks.total, H, K, dtype=torch.float32)
     reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
-    scaled_q, scaled_k = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
-    constants |= {"BS": min(plan.scale.BV, plan.BK), "PACKED": chunks.table is not None}
-    constants |= {"SCORES": scores is not None, "PRECISION": precision(q.dtype)}
+    scaled_q, scaled_k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+    constants |= {"PACKED": chunks.table is not None, "SCORES": scores is not None}
+    constants["PRECISION"] = precision(q.dtype)
     tensors = (q, k, g, totals, reach, scaled_q, scaled_k, scores, chunks.table)
     launch(scale_kernel, H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale)
     return Kept(None, totals, reach, scaled_q, scaled_k, scores)
@@ -252,9 +255,9 @@ def backward(
     B, T, H, V = v.shape
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_initial = q.new_empty(chunks.rows, H, K, V, dtype=torch.float32) if wants_d_initial else None
-    d_states = torch.empty_like(kept.states)
+    d_states = kept.states.new_empty(kept.states.shape)
     ends = (d_final, d_initial, cu_seqlens, chunks)
     how = {"scale": scale, "gate": gate, "reverse": True}
     carrier = carrier_of(q, v, gate, chunks, keep=True)
@@ -265,7 +268,7 @@ def backward(
     if gate == CHANNEL:
         run_output(k, q, do, g, kept, d_states, dv, chunks, **how, hard=True)
         run_gradient(q, k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate, hard=True)
-    if gate == HEAD:
+    if gate == HEAD and ahead.asked() is None:
         dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
     return dq, dk, dv, dg, d_initial
 
@@ -273,7 +276,7 @@ def backward(
 def empty_dg(g: Tensor | None, gate: int, q: Tensor, v: Tensor) -> Tensor | None:
     """What run_gradient fills for the gates; None where they take no gradient."""
     if gate == CHANNEL:
-        return torch.empty_like(g)
+        return g.new_empty(g.shape)
     if gate == HEAD:  # one part for each block of key channels
         blocks = key_blocks(q, v, gate)
         return q.new_empty(blocks, *g.shape, dtype=torch.float32)
@@ -397,7 +400,9 @@ def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[C
     lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
     how = {"scale": scale, "gate": gate, "reverse": reverse}
     state_pass(k, v, g, kept, None, None, own, None, chunks, **how, lost=lost, segments=table)
-    firsts = torch.empty_like(own)
+    firsts = own.new_empty(own.shape)
+    if ahead.asked() is not None:
+        return table, firsts
     order = list(reversed(range(G))) if reverse else list(range(G))
     if first is None:
         firsts[:, order[0]].zero_()

@@ -70,7 +70,6 @@ def scale_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
-    BS: tl.constexpr,
     PACKED: tl.constexpr,
     SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,28 +98,26 @@ def scale_kernel(
     least = 0.0
     A = tl.zeros([C, C], tl.float32)
     for kb in range(NK):
-        lowest = 0.0
-        for part in tl.static_range(BK // BS):  # fewer channels at a time: fewer registers
-            col = kb * BK + part * BS
-            cols = col + tl.arange(0, BS)
-            gates = load_tile(g, rows, count, H * K, col, K, BS)
-            sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
-            lowest = tl.minimum(lowest, tl.min(sums, 0))
-            tl.store(total + at * K + cols, sums, mask=cols < K)
-            decay = centred(gates, C, PRECISION)
-            x = (load_tile(q, rows, count, H * K, col, K, BS) * power2(decay) * scale).to(TYPE)
-            y = (load_tile(k, rows, count, H * K, col, K, BS) * power2(-decay)).to(TYPE)
-            store_tile(q_out, x, rows, count, H * K, col, K, BS)
-            store_tile(k_out, y, rows, count, H * K, col, K, BS)
-            if SCORES:
-                A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-        tl.store(reach + at * NK + kb, lowest)
+        col = kb * BK
+        cols = col + tl.arange(0, BK)
+        gates = load_tile(g, rows, count, H * K, col, K, BK)
+        sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
+        lowest = tl.min(sums, 0)
         least = tl.minimum(least, lowest)
+        tl.store(total + at * K + cols, sums, mask=cols < K)
+        tl.store(reach + at * NK + kb, lowest)
+        decay = centred(gates, C, PRECISION)
+        x = (load_tile(q, rows, count, H * K, col, K, BK) * power2(decay) * scale).to(TYPE)
+        y = (load_tile(k, rows, count, H * K, col, K, BK) * power2(-decay)).to(TYPE)
+        store_tile(q_out, x, rows, count, H * K, col, K, BK)
+        store_tile(k_out, y, rows, count, H * K, col, K, BK)
+        if SCORES:
+            A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
     if SCORES:
         store_scores(scores, A, at, C)
     if least < -2 * LIMIT:
         tl.debug_barrier()  # what is overwritten may be another thread's
-        for col in range(0, K, 16):
+        for col in range(0, K, 16):  # few channels at a time: what is rare must not cost registers
             scale_hard_channels(q, k, g, q_out, k_out, count, col, scale, H, K, C, 16, PRECISION)
 
 
