@@ -42,7 +42,7 @@ class Outcome:
 class Worker:
     """One process, its own session, one call at a time; a dead one is replaced by the next call.
 
-    `preload` is a module to import while nothing is asked yet. `memory_limit_bytes` bounds what the
+    `preload` names modules to import while nothing is asked yet. `memory_limit_bytes` bounds what the
     process may allocate (not GPU memory). Functions are named "package.module:function"; they take and
     return a dict that JSON can hold. `limits` are seconds a phase, "other" for those it does not name.
     """

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glabench.errors import ResultsError
+from glabench.errors import ResultsError, UsageError
 from glabench.rows import RESUME_KEY, ROWS, SETTLED, Row, ThroughputRow, columns, to_line
 
 
@@ -178,3 +178,21 @@ def write_whole(path: Path, text: str) -> None:
         raise ResultsError(
             f"cannot write {path.name}: {err.strerror}", where=str(path), fix="make room, or choose --out"
         ) from err
+
+
+@contextmanager
+def held_folder(out: Path, busy: str) -> Iterator[None]:
+    """Make `out` and hold it for this process. Raises UsageError, with `busy` where another one holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as err:
+        raise UsageError(
+            f"cannot write {out.name}: {err.strerror}", where="--out", fix="choose another path"
+        ) from err
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(busy, where=str(out), fix="wait for it to end") from None
+        yield

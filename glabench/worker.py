@@ -170,10 +170,10 @@ def serve(requests: int, replies: int, limit: int, preload: str) -> None:
         # mapped libraries and reserved address space, gigabytes in a process that imported torch.
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     _channel.update(fd=replies, id=0, limit=limit)
-    if preload:
+    for name in preload.split():
         with contextlib.suppress(Exception):  # the call that needs it will say what is wrong
-            importlib.import_module(preload)
-            settle_garbage()
+            importlib.import_module(name)
+    settle_garbage()
     with os.fdopen(requests, "rb", closefd=False) as lines:
         for line in lines:
             request = json.loads(line)

@@ -1,12 +1,11 @@
 """A folder of text -> shards and a manifest; killed at any time, the same call goes on where it was."""
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from glabench.corpus.shards import SplitWriter, stray
 from glabench.corpus.tokenizer import Tokenizer
 from glabench.errors import UsageError
 from glabench.meter import Meter
-from glabench.results import write_whole
+from glabench.results import held_folder, write_whole
 
 JOURNAL = "progress.json"
 BATCH = 1 << 22  # characters tokenized in one call: enough for every core to have its share
@@ -50,7 +49,7 @@ def prepare(request: Request, say: Callable[[str], None], meter: Callable[..., M
             say(f"{ignored} files passed over in {folder}: not .txt, .jsonl or .parquet")
     asked = _describe(request, found)
     _check_folder(request.out)
-    with _alone(request.out):
+    with held_folder(request.out, "another process prepares this folder"):
         if (request.out / MANIFEST).exists():
             done = read_manifest(request.out)
             _same(done["request"], asked, request.out)
@@ -110,26 +109,6 @@ def _same_options(done: dict[str, Any], asked: dict[str, Any], out: Path) -> Non
     for key in ("valid_frac", "shard_tokens", "field"):
         if done[key] != asked[key]:
             raise UsageError(f"prepared with {key}={done[key]}, not {asked[key]}", where=str(out), fix=fix)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises UsageError where another one prepares it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as err:
-        raise UsageError(
-            f"cannot write {out.name}: {err.strerror}", where="--out", fix="choose another path"
-        ) from err
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                "another process prepares this folder", where=str(out), fix="wait for it to end"
-            ) from None
-        yield
 
 
 def _write(

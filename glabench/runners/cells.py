@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch._inductor  # the first check would, with the device held: seconds where the disk is slow
-import torch.fx.experimental.symbolic_shapes  # as would the first gradient
+import torch.fx.experimental.symbolic_shapes  # by the first gradient: seconds, with the device held
 from torch import Tensor
 
 from glabench import ceilings, cost, footprint, inputs, measure, nvml, registry

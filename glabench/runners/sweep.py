@@ -28,6 +28,7 @@ from glabench.runners.request import (
 )
 
 CELLS = "glabench.runners.cells"
+PRELOAD = f"{CELLS} torch._inductor"  # the latter by the first check: seconds, with the device held
 CHECK_TOKENS = 16384  # whole sequences are compared with the oracle up to this many tokens a cell
 CEILING_S = 0.5  # of each ceiling: copy bandwidth, products
 # what one process tuned the next takes from Triton's cache, instead of choosing anew on a noisy day
@@ -332,7 +333,7 @@ class Sweep:
     def _worker(self, impl_id: str) -> Worker:
         if impl_id not in self.workers:
             limit = spare_memory() if self.request.kind == "cpu" else None
-            self.workers[impl_id] = Worker(impl_id, memory_limit_bytes=limit, env=TUNE_ONCE, preload=CELLS)
+            self.workers[impl_id] = Worker(impl_id, memory_limit_bytes=limit, env=TUNE_ONCE, preload=PRELOAD)
         return self.workers[impl_id]
 
     def _limits(self) -> dict[str, float]:

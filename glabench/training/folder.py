@@ -1,6 +1,5 @@
 """The folder of a run: whose it is (train.json), and that one process group at a time writes to it."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glabench.errors import UsageError
-from glabench.results import write_whole
+from glabench.results import held_folder, write_whole
 
 IDENTITY = "train.json"
 SCHEMA = 1
@@ -21,18 +20,7 @@ def claim(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     `identity` is what the losses depend on: model, settings, data, seed. Raises: UsageError where the
     folder belongs to another identity, holds other files, or is in use.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as err:
-        raise UsageError(
-            f"cannot write {out.name}: {err.strerror}", where="--out", fix="choose another path"
-        ) from err
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError("another run writes here", where=str(out), fix="wait for it to end") from None
+    with held_folder(out, "another run writes here"):
         _runs_of(out, identity)
         yield
 
