@@ -54,11 +54,14 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
     positional = list(leaves.values())
     point = plan_files.Point(d_k, d_v, GATES[family], wide=True)
     rule = gla_configs.rule(point)
-    longer = dataclasses.replace(rule, chunk=how.pop("chunk", rule.chunk))
+    plan = dataclasses.replace(rule, chunk=how.pop("chunk", rule.chunk))
     given.pop("chunk", None)
+    if given.pop("scans", False):  # as launches of more than four warps do
+        eight = {name: dataclasses.replace(getattr(plan, name), warps=8) for name in ("scale", "gradient")}
+        plan = dataclasses.replace(plan, **eight)
     if states:
         given["initial_state"] = leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
-    with oracle.poisoned_memory(), gla_configs.in_force(point, longer):
+    with oracle.poisoned_memory(), gla_configs.in_force(point, plan):
         out, final = FUNCTIONS[family](*positional, **given)
         derived = [(out, options["d_out"])] + ([(final, options["d_state"])] if states else [])
         outs, d_outs = zip(*derived, strict=True)

@@ -95,6 +95,10 @@ SETS = {
         _point(f, 200, 80, 16, heads=1, bounds=PACKED, regime="mixed", form=form, carried=True, wide=True)
         for f, form in (("gla", "recompute"), ("simple_gla", "recompute"))
     ],
+    "scans in place of products": [
+        _point("gla", T, 48, 32, heads=1, regime=r, scans=True)
+        for T, r in ((130, "trained"), (65, "mixed"), (130, "extreme"))
+    ],
     "scores from memory": [_point("gla", 130, 96, 48, heads=1, regime=r) for r in ("trained", "mixed")],
     "longer chunks": [
         _point(f, 200, 48, 32, heads=1, carried=carried, chunk=128)

@@ -96,7 +96,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     has_scores = name in ("wide", "scores") or (gate == GATES["channel"] and K > 2 * plan.BK and not hard)
-    constants |= {"SCORES": has_scores, "APART": launch.warps > 4}
+    constants |= {"SCORES": has_scores, "APART": launch.warps > 4, "SCAN": launch.warps > 4}
     if name in ("wide", "exact"):
         constants |= {"BK": triton.next_power_of_2(K), "TILES": -(-K // plan.BK)}
     absent += [] if has_scores else ["scores"]

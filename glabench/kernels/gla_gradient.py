@@ -118,6 +118,7 @@ def common_tile(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATE: tl.constexpr,
+    SCAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq, dk and dg of one chunk that is not hard, with gates a channel or none."""
@@ -137,7 +138,9 @@ def common_tile(
         decay = centred(load_tile(g + token * K, rows, count, H * K, col, K, BK), C, PRECISION)
         x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)  # again: held, they would spill
         y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
-        dg = sums_to_end(x * dq - y * dk, C, TYPE, PRECISION) + carried[None, :]
+        dg = x * dq - y * dk
+        dg = tl.cumsum(dg, 0, reverse=True) if SCAN else sums_to_end(dg, C, TYPE, PRECISION)
+        dg += carried[None, :]
         store_tile(dg_out + token * K, dg, rows, count, H * K, col, K, BK)
         dk *= power2(-decay)
         dq *= power2(decay) * scale
@@ -282,6 +285,7 @@ def gradient_tile(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """dq, dk and dg of one chunk and head, for BK of its key channels: see gradient_kernel."""
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
@@ -302,7 +306,7 @@ def gradient_tile(
     elif GATE == CHANNEL or GATE == NONE:  # noqa: SIM109
         common_tile(
             v, do, q, k, g, h, dh, dq_out, dk_out, dg_out,
-            token, count, col, scale, H, K, V, C, BK, BV, GATE, PRECISION,
+            token, count, col, scale, H, K, V, C, BK, BV, GATE, SCAN, PRECISION,
         )  # fmt: skip
     else:
         head_tile(
@@ -341,6 +345,7 @@ def gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     HARD: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """dq, dk and dg of one chunk, for BK of its key channels; gates of heads get one part a K block.
 
@@ -367,7 +372,7 @@ def gradient_kernel(
                     gradient_tile(
                         tile % NK, pair % H, pair // H, q, k, v, g, do, total, reach, h, dh,
                         dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True,
+                        H, K, V, C, BK, BV, GATE, PACKED, PRECISION, True, SCAN,
                     )  # fmt: skip
     else:
         kb, head, chunk = pid % NK, pid // NK % H, (pid // (NK * H)).to(tl.int64)
@@ -378,5 +383,5 @@ def gradient_kernel(
         gradient_tile(
             kb, head, chunk, q, k, v, g, do, total, reach, h, dh,
             dq_out, dk_out, dg_out, chunks, scale, T, N, tokens,
-            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False,
+            H, K, V, C, BK, BV, GATE, PACKED, PRECISION, False, SCAN,
         )  # fmt: skip

@@ -185,7 +185,7 @@ def scaled(
     reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
     scaled_q, scaled_k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
     constants |= {"PACKED": chunks.table is not None, "SCORES": scores is not None}
-    constants["PRECISION"] = precision(q.dtype)
+    constants |= {"SCAN": plan.scale.warps > 4, "PRECISION": precision(q.dtype)}
     tensors = (q, k, g, totals, reach, scaled_q, scaled_k, scores, chunks.table)
     launch(scale_kernel, H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale)
     return Kept(None, totals, reach, scaled_q, scaled_k, scores)
@@ -506,6 +506,7 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
         "PACKED": chunks.table is not None,
         "PRECISION": precision(v.dtype),
         "HARD": hard,
+        "SCAN": tile.warps > 4,
     }
     tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
     pairs = H * chunks.total

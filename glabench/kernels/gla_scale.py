@@ -72,6 +72,7 @@ def scale_kernel(
     BK: tl.constexpr,
     PACKED: tl.constexpr,
     SCORES: tl.constexpr,
+    SCAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scaled q and k of one chunk and head, the chunk's log decays, base 2, and its SCORES.
@@ -106,7 +107,10 @@ def scale_kernel(
         least = tl.minimum(least, lowest)
         tl.store(total + at * K + cols, sums, mask=cols < K)
         tl.store(reach + at * NK + kb, lowest)
-        decay = centred(gates, C, PRECISION)
+        if SCAN:
+            decay = tl.cumsum(gates.to(tl.float32), 0) * LOG2E - 0.5 * sums[None, :]
+        else:
+            decay = centred(gates, C, PRECISION)
         x = (load_tile(q, rows, count, H * K, col, K, BK) * power2(decay) * scale).to(TYPE)
         y = (load_tile(k, rows, count, H * K, col, K, BK) * power2(-decay)).to(TYPE)
         store_tile(q_out, x, rows, count, H * K, col, K, BK)
