@@ -10,7 +10,7 @@ import triton.compiler
 import tune_without_gpu
 from triton.runtime import driver
 
-from glabench.kernels import gla_launch
+from glabench.kernels import gla_launch, launching
 
 GATES = (gla_launch.NONE, gla_launch.FIXED, gla_launch.HEAD, gla_launch.CHANNEL)
 compiled_in, names = [], set()
@@ -36,7 +36,7 @@ def main():
     With "all", the names of the kernels that every kind of gate launches, carried, in wide states, and not.
     """
     driver.set_active(tune_without_gpu.NoGpu())
-    gla_launch._on = lambda device: nullcontext()
+    launching._on = lambda device: nullcontext()
     gla_launch.CARRY_PROGRAMS = 0
     own, compile_one = threading.get_ident(), triton.compiler.compile
 

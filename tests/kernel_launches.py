@@ -37,7 +37,7 @@ def tensors(gate, T, K, has_state):
 def kind(asked):
     """What Triton compiles for: the kernel, the types, what is absent, and the constants."""
     types = [None if x is None else str(x.dtype) for x in asked.tensors]
-    return json.dumps([asked.kernel.fn.__name__, types, asked.constants, asked.options], default=str)
+    return json.dumps([asked.kernel.fn.__name__, types, asked.constants, asked.tile.options()], default=str)
 
 
 def main():
@@ -63,7 +63,7 @@ def main():
         gla_chunks.SEGMENT = 64 if "segments" in name else 4096
         given = tensors(gate, T, 80 if is_carried == "wide" else 16, has_state)
         how = {"scale": 0.25, "gate": gate, "output_final_state": False, "keep": keep}
-        planned = ahead.launches(torch.device("cpu"), lambda: gla_launch._whole(given, how))  # noqa: B023
+        planned = ahead.launches(torch.device("cpu"), lambda: gla_launch._whole(*given, **how))  # noqa: B023
         made.clear()
         o, _, kept = gla_launch.forward(*given, **how)
         if keep:

@@ -163,6 +163,16 @@ def test_every_kernel_of_every_gate_compiles_for_hopper_as_calls_launch_it(tmp_p
     assert found["launches"] > 30
 
 
+def test_a_call_played_back_launches_what_it_did_when_it_was_planned(tmp_path):
+    found = _run("played_calls.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(found) == 26
+    for one in found:
+        kind = one["kind"]
+        assert one["played"] == one["planned"] and one["planned"]["launches"], kind
+        is_played = kind["aligned"] and "segments" not in kind
+        assert one["tapes"] == ((2 if kind["keep"] else 3) if is_played else 0), kind
+
+
 def test_compilers_exporters_and_checkpoints_give_what_eager_gives():
     (found,) = _run("kernel_operators.py")
     assert len(found) == 6

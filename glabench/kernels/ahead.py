@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,17 +16,21 @@ _here = threading.local()  # a backward pass runs in a thread of its own
 
 
 class Asked(NamedTuple):
-    """One launch as it was asked for."""
+    """One launch as it was asked for; `tile` has its options()."""
 
     kernel: object
+    programs: int
     tensors: tuple[Tensor | None, ...]
     numbers: tuple
     constants: dict
-    options: dict
+    tile: Any
 
 
-def asked() -> list[Asked] | None:
-    """Where this thread's launches are noted in place of being made; None where they are made."""
+def asked() -> list[Asked | None] | None:
+    """Where this thread's launches are noted in place of being made; None where they are made.
+
+    A None among them stands for work that is no launch.
+    """
     return getattr(_here, "asked", None)
 
 
@@ -36,7 +40,7 @@ def device_of(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def during(call: Callable[[], object]):
+def during(call: Callable[[], object] | None):
     """Until the end of the block, `call` asks for all that is to be launched, if it comes to compiling."""
     _here.call = call
     try:
@@ -66,7 +70,7 @@ def launches(device: torch.device, call: Callable[[], object]) -> list[Asked]:
     """What `call`, on meta tensors, would launch on `device`."""
     with noting(device) as found:
         call()
-    return found
+    return [launch for launch in found if launch is not None]
 
 
 def compile_all(found: list[Asked]) -> None:
@@ -77,6 +81,6 @@ def compile_all(found: list[Asked]) -> None:
     if not hasattr(triton, "AsyncCompileMode") or len(found) < 2:
         return
     with ThreadPoolExecutor(WORKERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for kernel, tensors, numbers, constants, options in found:
+        for kernel, _, tensors, numbers, constants, tile in found:
             types = (None if x is None else x.dtype for x in tensors)
-            kernel.warmup(*types, *numbers, grid=(1,), **constants, **options)
+            kernel.warmup(*types, *numbers, grid=(1,), **constants, **tile.options())

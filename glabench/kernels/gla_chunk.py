@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
 from glabench.kernels.arguments import check_qkv
-from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, INTERPRETED, NONE, NOTHING, Kept
+from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, NONE, NOTHING, Kept
+from glabench.kernels.launching import INTERPRETED
 
 FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512

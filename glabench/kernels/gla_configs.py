@@ -16,6 +16,7 @@ WIDEST_STATE = {False: 256, True: 0}  # key channels that WIDE takes, by whether
 CHANNEL = GATES.index("channel")
 
 _tried: dict[Point, Plan] = {}
+_changes = 0  # of what is tried
 
 
 @functools.cache
@@ -41,16 +42,26 @@ def plan_on(device: str, point: Point) -> Plan:
 def in_force(point: Point, plan: Plan) -> Iterator[None]:
     """Until the end of the block this process launches a point so, on every device."""
     before = _tried.get(point)
-    _tried[point] = plan
-    plan_for.cache_clear()
+    _try(point, plan)
     try:
         yield
     finally:
-        if before is None:
-            del _tried[point]
-        else:
-            _tried[point] = before
-        plan_for.cache_clear()
+        _try(point, before)
+
+
+def _try(point: Point, plan: Plan | None) -> None:
+    global _changes
+    if plan is None:
+        del _tried[point]
+    else:
+        _tried[point] = plan
+    _changes += 1
+    plan_for.cache_clear()
+
+
+def changes_in_force() -> int:
+    """How often plans were changed by in_force: another number, other plans."""
+    return _changes
 
 
 def rule(point: Point, chunk: int = CHUNK) -> Plan:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,13 +28,13 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_scale import scale_kernel, scores_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_wide import wide_kernel
+from glabench.kernels.launching import launch, played, without_memory
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
-HARD_PROGRAMS = 4  # a multiprocessor
+HARD_PROGRAMS = 2  # a multiprocessor: as many as reside there at once
 CARRY_PROGRAMS = 0.75  # a multiprocessor, at least
 FEW_PROGRAMS = 1.5  # a multiprocessor: below, narrower tiles that make more of them are faster
 WIDE = gla_configs.WIDE
-INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
 
 
 class Kept(NamedTuple):
@@ -72,27 +71,28 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """o [B, T, H, V], the final state [rows, H, K, V] or None, and, to `keep`, what backward needs."""
-    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    inputs = (q, k, v, g, initial_state)
     how = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
-    with ahead.during(functools.partial(_whole, tensors, how)):
-        return _forward(*tensors, **how)
+    o, final, *kept = played(_forward, inputs, cu_seqlens, how, _whole)
+    return o, final, Kept(*kept) if keep else None
 
 
-def _whole(tensors: tuple[Tensor | None, ...], how: dict) -> None:
+def _whole(*tensors: Tensor | None, **how) -> None:
     """The launches of a call, and of its backward pass where it keeps what that needs, without memory.
 
     Memory is asked for by new_empty alone: other functions, for tensors without any, import symbolic algebra.
     """
-    q, k, v, g, state = (None if x is None else torch.empty_like(x, device="meta") for x in tensors[:5])
-    kept = _forward(q, k, v, g, state, tensors[5], **how)[2]
-    if kept is not None:
+    q, k, v, g, state = without_memory(tensors[:5])
+    kept = _forward(q, k, v, g, state, tensors[5], **how)[2:]
+    if how["keep"]:
         options = {"scale": how["scale"], "gate": how["gate"], "wants_d_initial": state is not None}
-        backward(v.new_empty(v.shape), None, q, k, v, g, kept, tensors[5], **options)
+        _backward(v.new_empty(v.shape), None, q, k, v, g, *kept, tensors[5], **options)
 
 
 def _forward(
     q, k, v, g, initial_state, cu_seqlens, *, scale, gate, output_final_state, keep
-) -> tuple[Tensor, Tensor | None, Kept | None]:
+) -> tuple[Tensor | None, ...]:
+    """o, the final state, and Kept, of Nones unless `keep`."""
     B, T, H, V = v.shape
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
@@ -111,7 +111,7 @@ def _forward(
             run_exact(q, k, v, g, kept, o, initial_state, cu_seqlens, chunks, scale=scale)
         else:
             run_output(q, k, v, g, kept, kept.states, o, chunks, **how, hard=True)
-    return o, final, kept if keep else None
+    return o, final, *(kept if keep else NOTHING)
 
 
 def carrier_of(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, keep: bool) -> str | None:
@@ -228,6 +228,11 @@ def states_before(
     gate: int,
 ) -> Kept:
     """What backward needs, made again: the state before each chunk among it."""
+    how = {"scale": scale, "gate": gate}
+    return Kept(*played(_states_before, (q, k, v, g, initial_state), cu_seqlens, how))
+
+
+def _states_before(q, k, v, g, initial_state, cu_seqlens, *, scale, gate) -> Kept:
     chunks = chunks_of(*q.shape[:2], cu_seqlens, chunk_size(q, v, gate))
     how = {"scale": scale, "gate": gate}
     kept = scaled(q, k, v, g, chunks, **how, has_scores=keeps_scores(q, v, gate))
@@ -252,6 +257,35 @@ def backward(
     wants_d_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, g and the initial state; the last two None where there is none to give."""
+    how = {"scale": scale, "gate": gate, "wants_d_initial": wants_d_initial}
+    inputs = (do, d_final, q, k, v, g, *kept)
+    dq, dk, dv, dg, d_initial = played(_backward, inputs, cu_seqlens, how)
+    if gate == HEAD:
+        dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
+    return dq, dk, dv, dg, d_initial
+
+
+def _backward(
+    do,
+    d_final,
+    q,
+    k,
+    v,
+    g,
+    states,
+    totals,
+    reach,
+    scaled_q,
+    scaled_k,
+    scores,
+    cu_seqlens,
+    *,
+    scale,
+    gate,
+    wants_d_initial,
+) -> tuple[Tensor | None, ...]:
+    """As backward; of gates a head dg has a part for each block of key channels."""
+    kept = Kept(states, totals, reach, scaled_q, scaled_k, scores)
     B, T, H, V = v.shape
     K = q.shape[-1]
     chunks = chunks_of(B, T, cu_seqlens, chunk_size(q, v, gate))
@@ -268,8 +302,6 @@ def backward(
     if gate == CHANNEL:
         run_output(k, q, do, g, kept, d_states, dv, chunks, **how, hard=True)
         run_gradient(q, k, v, g, do, kept, d_states, *grads, scale=scale, gate=gate, hard=True)
-    if gate == HEAD and ahead.asked() is None:
-        dg = (dg[0] if dg.shape[0] == 1 else dg.sum(0)).to(g.dtype)
     return dq, dk, dv, dg, d_initial
 
 
@@ -401,7 +433,9 @@ def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[C
     how = {"scale": scale, "gate": gate, "reverse": reverse}
     state_pass(k, v, g, kept, None, None, own, None, chunks, **how, lost=lost, segments=table)
     firsts = own.new_empty(own.shape)
-    if ahead.asked() is not None:
+    asked = ahead.asked()
+    if asked is not None:
+        asked.append(None)
         return table, firsts
     order = list(reversed(range(G))) if reverse else list(range(G))
     if first is None:
@@ -530,36 +564,3 @@ def _whole_heads(k: Tensor, v: Tensor, gate: int, tile: Launch) -> dict[str, int
     """As _sizes, of kernels that hold all key channels of a head, and the number of its tiles elsewhere."""
     BK = triton.next_power_of_2(int(k.shape[3]))
     return {**_sizes(k, v, gate, tile), "BK": BK, "TILES": key_blocks(k, v, gate)}
-
-
-_compiled: dict[tuple, object] = {}
-
-
-def launch(kernel, programs, tensors, numbers, constants, tile) -> None:
-    """Launch on the tensors' device; Triton's own look-up, 15 us, is taken once for each kind of call.
-
-    The key holds all that Triton specialises on: types, absence and alignment, but no value of `numbers`.
-    """
-    if not programs:
-        return
-    asked = ahead.asked()
-    if asked is not None:
-        asked.append(ahead.Asked(kernel, tensors, numbers, constants, tile.options()))
-        return
-    if INTERPRETED:
-        kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
-        return
-    device = tensors[0].device.index
-    kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
-    key = (kernel, device, tile, kinds, *constants.values())
-    compiled = _compiled.get(key)
-    with _on(device):
-        if compiled is None:
-            ahead.compile_rest(tensors[0].device)
-            _compiled[key] = kernel[(programs,)](*tensors, *numbers, **constants, **tile.options())
-        else:
-            compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
-
-
-def _on(device: int):
-    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)

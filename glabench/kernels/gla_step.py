@@ -17,6 +17,7 @@ from glabench.kernels import gla_chunks, gla_launch
 from glabench.kernels.gla_chunk import check_call, is_traced
 from glabench.kernels.gla_configs import CHUNK, Launch, recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
+from glabench.kernels.launching import launch
 
 STRIDES = [f"{x}_{axis}" for x in "qkvg" for axis in "bth"] + ["first_b", "first_h", "last_b", "last_h"]
 
@@ -302,7 +303,7 @@ def _run(q, k, v, g, o, first, last, bounds, *, scale, gate) -> None:
     if plan.programs:
         tensors = (q, k, v, g, o, first, last, bounds)
         numbers = (scale, T, *plan.strides)
-        gla_launch.launch(recurrent_kernel, plan.programs, tensors, numbers, plan.constants, plan.tile)
+        launch(recurrent_kernel, plan.programs, tensors, numbers, plan.constants, plan.tile)
 
 
 class Plan(NamedTuple):
