@@ -16,7 +16,7 @@ _here = threading.local()  # a backward pass runs in a thread of its own
 
 
 class Asked(NamedTuple):
-    """One launch as it was asked for; `tile` has its options()."""
+    """One launch as it was asked for; `tile` has its options(), and is None where a function is called."""
 
     kernel: object
     programs: int
@@ -26,11 +26,8 @@ class Asked(NamedTuple):
     tile: Any
 
 
-def asked() -> list[Asked | None] | None:
-    """Where this thread's launches are noted in place of being made; None where they are made.
-
-    A None among them stands for work that is no launch.
-    """
+def asked() -> list[Asked] | None:
+    """Where this thread's launches are noted in place of being made; None where they are made."""
     return getattr(_here, "asked", None)
 
 
@@ -70,7 +67,7 @@ def launches(device: torch.device, call: Callable[[], object]) -> list[Asked]:
     """What `call`, on meta tensors, would launch on `device`."""
     with noting(device) as found:
         call()
-    return [launch for launch in found if launch is not None]
+    return [launch for launch in found if launch.tile is not None]
 
 
 def compile_all(found: list[Asked]) -> None:

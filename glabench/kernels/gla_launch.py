@@ -28,7 +28,7 @@ from glabench.kernels.gla_output import output_kernel
 from glabench.kernels.gla_scale import scale_kernel, scores_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_wide import wide_kernel
-from glabench.kernels.launching import launch, played, without_memory
+from glabench.kernels.launching import do, launch, played, without_memory
 
 NONE, FIXED, HEAD, CHANNEL = (getattr(gla_tiles, n).value for n in ("NONE", "FIXED", "HEAD", "CHANNEL"))
 HARD_PROGRAMS = 2  # a multiprocessor: as many as reside there at once
@@ -427,24 +427,25 @@ def run_wide(q, k, v, g, kept, o, first, last, cu_seqlens, chunks, *, scale, gat
 def _firsts(k, v, g, kept, first, chunks, G, *, scale, gate, reverse) -> tuple[Chunks, Tensor]:
     """G segments of each row, and the state before each, from their own states and decays."""
     B, T, H, K, V = *k.shape, v.shape[3]
-    table = segments_in(B, T, G, chunks.size, k.device)
+    table = segments_in(B, T, G, chunks.size, ahead.device_of(k.device))
     own = k.new_empty(B, G, H, K, V, dtype=torch.float32)
     lost = k.new_empty(B, G, H, K, 1, dtype=torch.float32)
     how = {"scale": scale, "gate": gate, "reverse": reverse}
     state_pass(k, v, g, kept, None, None, own, None, chunks, **how, lost=lost, segments=table)
     firsts = own.new_empty(own.shape)
-    asked = ahead.asked()
-    if asked is not None:
-        asked.append(None)
-        return table, firsts
-    order = list(reversed(range(G))) if reverse else list(range(G))
+    do(_carry_over, (own, lost, first, firsts), (reverse,))
+    return table, firsts
+
+
+def _carry_over(own: Tensor, lost: Tensor, first: Tensor | None, firsts: Tensor, reverse: bool) -> None:
+    """Fill the state before each segment, [B, G, H, K, V], the one before the first being `first` or zero."""
+    order = range(own.shape[1])[:: -1 if reverse else 1]
     if first is None:
         firsts[:, order[0]].zero_()
     else:
         firsts[:, order[0]].copy_(first)
     for this, later in itertools.pairwise(order):
         torch.addcmul(own[:, this], lost[:, this], firsts[:, this], out=firsts[:, later])
-    return table, firsts
 
 
 def state_tile(k: Tensor, v: Tensor, gate: int, rows: int) -> Launch:

@@ -47,6 +47,15 @@ def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dic
             compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
 
 
+def do(function: Callable[..., None], tensors: tuple, rest: tuple) -> None:
+    """function(*tensors, *rest), PyTorch's work on tensors between two launches, made where they are."""
+    asked = ahead.asked()
+    if asked is None:
+        function(*tensors, *rest)
+    else:
+        asked.append(ahead.Asked(function, 1, tensors, rest, {}, None))
+
+
 def _key(kernel, device: int, tensors: tuple, constants: dict, tile: Launch) -> tuple:
     """All that Triton specialises on: types, absence and alignment, but no value of `numbers`."""
     kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
@@ -63,17 +72,19 @@ def _on(device: int):
 class Tape(NamedTuple):
     """What a call allocates, launches and gives: a launch is a runner, its tensors and what follows them.
 
-    Tensors are places in the row of inputs, buffers and a None.
+    Tensors are places in the row of inputs, buffers, tables, which all calls share, and a None.
     """
 
     buffers: tuple[tuple[torch.Size, torch.dtype], ...]
+    tables: tuple[Tensor, ...]
     launches: tuple[tuple[Runner, tuple[int, ...], tuple], ...]
     outs: tuple[int, ...]
 
     def play(self, inputs: Tensors) -> list[Tensor | None]:
         """What the call gives for these inputs."""
         new_empty = inputs[0].new_empty
-        row = [*inputs, *(new_empty(shape, dtype=dtype) for shape, dtype in self.buffers), None]
+        made = (new_empty(shape, dtype=dtype) for shape, dtype in self.buffers)
+        row = [*inputs, *made, *self.tables, None]
         for runner, places, rest in self.launches:
             runner(*[row[i] for i in places], *rest)
         return [row[i] for i in self.outs]
@@ -88,8 +99,8 @@ def played(
 ) -> Tensors:
     """call(*inputs, cu_seqlens, **how), by its tape where there is one: of equal rows, on a GPU.
 
-    `call` allocates by new_empty and launches by `launch`, and does nothing else. `first`, with the same
-    arguments, asks for all that is to be compiled.
+    `call` allocates by new_empty, launches by `launch`, and does what else it does by `do`. `first`, with the
+    same arguments, asks for all that is to be compiled.
     """
     key = None if INTERPRETED or cu_seqlens is not None else _kind(call, inputs, how)
     tape = _tapes.get(key)
@@ -134,29 +145,24 @@ def without_memory(inputs: Tensors) -> list[Tensor | None]:
     return [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs]
 
 
-def _tape(noted: list, inputs: Tensors, outs: Tensors, device: int) -> Tape | None:
-    """None where the call does more than launch, or a launch was never made."""
-    places = {id(x): i for i, x in enumerate(inputs) if x is not None}
-    buffers: list[Tensor] = []
-
-    def place(x: Tensor | None) -> int:
-        if x is None:
-            return -1
-        if id(x) not in places:
-            places[id(x)] = len(inputs) + len(buffers)
-            buffers.append(x)
-        return places[id(x)]
-
+def _tape(noted: list[ahead.Asked], inputs: Tensors, outs: Tensors, device: int) -> Tape | None:
+    """None where a launch was never made."""
+    seen = [x for asked in noted for x in asked.tensors] + [*outs]
+    new = {id(x): x for x in seen if x is not None}
+    for x in inputs:
+        new.pop(id(x), None)
+    buffers = [x for x in new.values() if x.is_meta]
+    tables = [x for x in new.values() if not x.is_meta]
+    places = {id(x): i for i, x in enumerate([*inputs, *buffers, *tables])} | {id(None): -1}
     launches = []
     for asked in noted:
-        compiled = None
-        if asked is not None:
-            key = _key(asked.kernel, device, asked.tensors, asked.constants, asked.tile)
-            compiled = _compiled.get(key)
-        if compiled is None:
-            return None
-        which = tuple(place(x) for x in asked.tensors)
+        runner = asked.kernel
+        if asked.tile is not None:
+            compiled = _compiled.get(_key(asked.kernel, device, asked.tensors, asked.constants, asked.tile))
+            if compiled is None:
+                return None
+            runner = compiled[(asked.programs, 1, 1)]
         rest = (*asked.numbers, *asked.constants.values())
-        launches.append((compiled[(asked.programs, 1, 1)], which, rest))
-    found = tuple(place(x) for x in outs)
-    return Tape(tuple((x.shape, x.dtype) for x in buffers), tuple(launches), found)
+        launches.append((runner, tuple(places[id(x)] for x in asked.tensors), rest))
+    kinds = tuple((x.shape, x.dtype) for x in buffers)
+    return Tape(kinds, tuple(tables), tuple(launches), tuple(places[id(x)] for x in outs))
