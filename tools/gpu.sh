@@ -116,9 +116,8 @@ for name in "$@"; do
             wait ;;
         all)
             if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
-                (suite layers cuda:1 --shape fig2; suite fig2 cuda:1) & side=$!
-                suite layers cuda:0 --shape 340m,1.3b
-                suite neighbours cuda:0
+                (suite fig2 cuda:1; suite neighbours cuda:1) & side=$!
+                suite layers cuda:0
                 wait "$side"
             else
                 suite layers cuda; suite fig2 cuda; suite neighbours cuda
