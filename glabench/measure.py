@@ -27,7 +27,7 @@ HARD_STOP = 12  # times max_busy_s, where even min_samples gives way
 SHORT_MS = 0.02  # events resolve 0.5 us: shorter calls are timed in batches
 BATCH_MS, MAX_BATCH = 0.2, 64
 MAX_COPIES = 256  # input copies that a batch rotates through, at most
-SPIN_MARGIN, MAX_SPIN_MS, MAX_RETRIES = 1.2, 200.0, 8
+SPIN_MARGIN, MAX_SPIN_MS = 1.2, 200.0
 MAX_LATE, LONGER = 50, 1.1  # samples that are taken again, and how much longer the spin is then
 DETECT_SPIN_MS = 1.0  # long against the noise of the host time it is compared with
 ASYNC_FRAC, ASYNC_MS = 0.2, 0.05
@@ -230,7 +230,6 @@ class _CudaTimer:
             self.mode = "cuda_events_blocked"
             count = self._batch(calls, make_call, call_bytes, host_ms)
             self.spin_ms = min(MAX_SPIN_MS, SPIN_MARGIN * host_ms * count + 0.02)
-            self._lengthen_spin(calls, count)
         samples, hosts = self._samples(calls, count, plan)
         rotated = call_bytes * len(calls) > 2 * self.l2_bytes
         return {
@@ -293,14 +292,6 @@ class _CudaTimer:
         for call in calls[1:]:
             call()
         return min(MAX_BATCH, math.ceil(BATCH_MS / one_ms))
-
-    def _lengthen_spin(self, calls: list[Call], count: int) -> None:
-        """Until the host is done enqueuing while the stream is still held."""
-        for _ in range(MAX_RETRIES):
-            late = sum(self.sample(calls, count).was_late for _ in range(3))
-            if not late or self.spin_ms >= MAX_SPIN_MS:
-                return
-            self.spin_ms = min(MAX_SPIN_MS, 1.5 * self.spin_ms)
 
     def _samples(self, calls: list[Call], count: int, plan: Plan) -> tuple[list[float], list[float]]:
         """Samples and host times; while the clock wanders, pause and take more, within the plan's limits.

@@ -173,7 +173,8 @@ def serve(requests: int, replies: int, limit: int, preload: str) -> None:
     for name in preload.split():
         with contextlib.suppress(Exception):  # the call that needs it will say what is wrong
             importlib.import_module(name)
-    settle_garbage()
+    if preload:
+        settle_garbage()
     with os.fdopen(requests, "rb", closefd=False) as lines:
         for line in lines:
             request = json.loads(line)

@@ -82,15 +82,7 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
         **dict.fromkeys(("T", "N", "tokens", "pairs"), "i32"),
         **dict.fromkeys(STRIDES, "i64"),
     }
-    constants = {
-        "H": H,
-        "K": K,
-        "V": V,
-        "C": plan.chunk,
-        "BK": plan.BK,
-        "BV": launch.BV,
-        "GATE": gate,
-    }
+    constants = {"H": H, "K": K, "V": V, "C": plan.chunk, "BK": plan.BK, "BV": launch.BV, "GATE": gate}
     constants |= {"REVERSE": reverse, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     constants |= {"SEGMENTS": 1, "KEEP": True, "BH": gla_launch.heads_together(H)}
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}

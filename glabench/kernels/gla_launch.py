@@ -151,7 +151,8 @@ def wide_tile(q: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
 
 @functools.cache
 def _narrower(tile: Launch) -> Launch:
-    return dataclasses.replace(tile, BV=max(tile.BV // 2, min(tile.BV, 32)))
+    """Half as wide, in four warps; not below 32."""
+    return dataclasses.replace(tile, BV=max(tile.BV // 2, min(tile.BV, 32)), warps=4)
 
 
 def scaled(
@@ -372,8 +373,8 @@ def run_pass(
 def run_state(k, v, g, kept, states, first, last, cu_seqlens, chunks, *, scale, gate, reverse) -> None:
     """Fill `states` and `last` from `first`, in one pass or, where rows are few and long, in segments."""
     how = {"scale": scale, "gate": gate, "reverse": reverse}
-    programs = key_blocks(k, v, gate) * _programs(state_tile(k, v, gate, chunks.rows), v, chunks.rows)
-    G = segments_of(programs, chunks, k.device)
+    tile = state_tile(k, v, gate, chunks.rows)
+    G = segments_of(_state_programs(tile, k, v, gate, chunks.rows), chunks, k.device)
     if G == 1:
         state_pass(k, v, g, kept, states, first, last, cu_seqlens, chunks, **how)
         return
@@ -452,9 +453,12 @@ def state_tile(k: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
     """The plan's, or half of one wider than 64, in four warps, where that leaves few programs."""
     tile = _plan(k, v, gate).state
     few = FEW_PROGRAMS * multiprocessors(k.device)
-    if tile.BV > 64 and key_blocks(k, v, gate) * _programs(tile, v, rows) < few:
-        return dataclasses.replace(_narrower(tile), warps=4)
-    return tile
+    return _narrower(tile) if tile.BV > 64 and _state_programs(tile, k, v, gate, rows) < few else tile
+
+
+def _state_programs(tile: Launch, k: Tensor, v: Tensor, gate: int, rows: int) -> int:
+    """Programs of state_kernel, each of which holds one block of a head's keys, for so many rows."""
+    return key_blocks(k, v, gate) * _programs(tile, v, rows)
 
 
 def state_pass(
@@ -490,7 +494,7 @@ def state_pass(
         "PRECISION": precision(v.dtype),
     }
     tensors = (k, v, g, kept.totals, kept.reach, states, first, last, lost, bounds, offsets)
-    programs = key_blocks(k, v, gate) * _programs(tile, v, rows)
+    programs = _state_programs(tile, k, v, gate, rows)
     launch(state_kernel, programs, tensors, (scale, T, chunks.each), constants, tile)
 
 
