@@ -7,6 +7,7 @@ import pytest
 from glabench import report
 from glabench.errors import ResultsError
 from glabench.figures import losses as figure_losses
+from glabench.figures import style
 
 HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
 
@@ -27,6 +28,24 @@ def test_a_run_is_read_up_to_a_line_that_is_being_written(tmp_path):
     run = figure_losses.load(tmp_path / "a", tmp_path)
     assert (run.name, run.family, len(run.train)) == ("a", "gla", 120)
     assert run.valid == [(6000, 2.0), (12000, 2.0)] and run.train[0] == (100, 3.0)
+
+
+def test_a_run_has_the_colour_of_its_token_mixer_and_a_second_one_another_line(tmp_path):
+    models = ("transformer-30m", "retnet-30m", "mamba-30m", "gla-30m", "gla-30m-1-head", "gla-30m-no-gate")
+    for model in models:
+        made_run(tmp_path / model, model, 2.0)
+    runs = [figure_losses.load(tmp_path / model, tmp_path) for model in models]
+    families = [run.family for run in runs]
+    assert families == ["attention", "retention", "mamba", "gla", "gla", "linear_attention"]
+    looks = style.family_looks(families)
+    assert [look.colour for look in looks] == [style.FAMILIES[family][0] for family in families]
+    assert len({(look.colour, str(look.dashes)) for look in looks}) == len(models)
+
+
+def test_the_first_losses_do_not_flatten_the_rest(tmp_path):
+    made_run(tmp_path / "a", "gla-tiny", 2.0)  # 3 nats at first, 2.17 after a twentieth
+    low, high = figure_losses.limits([figure_losses.load(tmp_path / "a", tmp_path)])
+    assert 1.9 < low < 2.0 and 2.1 < high < 2.2
 
 
 def test_smoothing_keeps_the_mean_and_few_points():

@@ -223,13 +223,9 @@ def _published_foot(paper: list[tuple[str, list[Line]]]) -> Footer:
 
 def _looks(lines: Iterable[Line]) -> dict[str, fs.Look]:
     """The family's colour and marker; a family's second line is dashed, and so on."""
-    seen: dict[str, int] = {}
-    found = {}
-    for line in lines:
-        number = seen[line.family] = seen.get(line.family, -1) + 1
-        colour, marker = fs.FAMILIES.get(line.family, fs.OTHER_FAMILY)
-        found[line.name] = fs.Look(colour, marker, fs.DASHES[number % len(fs.DASHES)])
-    return found
+    lines = list(lines)
+    made = fs.family_looks(line.family for line in lines)
+    return {line.name: look for line, look in zip(lines, made, strict=True)}
 
 
 def _top(lines: Sequence[Line]) -> float:

@@ -12,7 +12,9 @@ from glabench.figures import style as fs
 METRICS, IDENTITY = "metrics.csv", "train.json"
 HEADER = "step,tokens,loss,"
 SMOOTH = 50  # parts a training curve is averaged into: the noise of single batches hides the order of runs
-SPARE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+EARLY = 0.05  # of the tokens: losses before them may lie above the frame, or the rest would be a flat line
+FAMILY_OF = {"transformer": "attention", "llama": "attention", "retnet": "retention"}  # by the model's name
+ABLATION_OF = {"no-gate": "linear_attention", "fixed-decay": "retention", "scalar-gate": "simple_gla"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,13 @@ def load(place: Path, folder: Path) -> Run:
             f"cannot read the run: {err}", where=str(place), fix="take the folder away, or mend it"
         ) from err
     name = place.relative_to(folder).as_posix() if place != folder else place.resolve().name
-    family = str(model.get("name") or model.get("model_type")).split("-")[0]
-    return Run(name, family, train, valid, note)
+    return Run(name, family_of(str(model.get("name") or model.get("model_type"))), train, valid, note)
+
+
+def family_of(model: str) -> str:
+    """The registry's family of a model's token mixer, by its name: gla-30m-no-gate is linear attention."""
+    base, _, rest = model.partition("-")
+    return ABLATION_OF.get(rest.partition("-")[2]) or FAMILY_OF.get(base, base)
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -68,6 +75,7 @@ def draw(runs: list[Run], out: Path) -> Path:
 
 def _figure(runs: list[Run]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
     # inches: a row of the page for the axes, and a line for each run's name and note below them
@@ -76,16 +84,20 @@ def _figure(runs: list[Run]) -> Any:
     bottom = (34.0 + fs.LINE_PT * len(runs)) / height_pt
     axes = figure.add_axes((0.08, bottom, 0.9, 1 - bottom - 20 / height_pt))
     has_valid = any(run.valid for run in runs)
-    for number, run in enumerate(runs):
-        colour = _colour(run, runs, number)
+    for number, (run, look) in enumerate(zip(runs, fs.family_looks(r.family for r in runs), strict=True)):
+        line = {"color": look.colour, "linestyle": look.dashes}
         faint = {"alpha": 0.35, "linewidth": 0.8} if has_valid else {"linewidth": 1.2}
-        axes.plot(*zip(*smooth(run.train), strict=True), color=colour, **faint)
+        axes.plot(*zip(*smooth(run.train), strict=True), **line, **faint)
         if run.valid:
-            axes.plot(*zip(*run.valid, strict=True), color=colour, linewidth=1.2, marker="o", markersize=2.5)
+            dots = {"marker": look.marker, "markersize": 2.5, "linewidth": 1.2}
+            axes.plot(*zip(*run.valid, strict=True), **line, **dots)
         last = (run.valid or run.train)[-1][1]
         words = f"{run.name}: {'validation' if run.valid else 'training'} {last:.4f} ({run.note})"
         y = (8.0 + fs.LINE_PT * (len(runs) - 1 - number)) / height_pt
-        figure.text(0.08, y, words, color=colour, va="bottom")
+        middle = y + fs.TEXT_PT / 2 / height_pt
+        figure.add_artist(Line2D((0.08, 0.115), (middle, middle), **line, linewidth=1.2))
+        figure.text(0.125, y, words, color=look.ink, va="bottom")
+    axes.set_ylim(*limits(runs))
     axes.grid(True)
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
@@ -98,9 +110,15 @@ def _figure(runs: list[Run]) -> Any:
     return figure
 
 
-def _colour(run: Run, runs: list[Run], number: int) -> str:
-    """The family's colour where every run has a family of its own, else one a run."""
-    families = [one.family for one in runs]
-    if run.family in fs.FAMILIES and families.count(run.family) == 1:
-        return fs.FAMILIES[run.family][0]
-    return SPARE[number % len(SPARE)]
+def limits(runs: list[Run]) -> tuple[float, float]:
+    """Of all losses but the EARLY ones, with a margin."""
+    first = EARLY * max(run.train[-1][0] for run in runs)
+    late = [
+        loss
+        for run in runs
+        for curve in (smooth(run.train), run.valid)
+        for tokens, loss in curve
+        if tokens >= first
+    ]
+    margin = 0.05 * (max(late) - min(late)) or 0.1
+    return min(late) - margin, max(late) + margin

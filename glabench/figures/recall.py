@@ -98,12 +98,8 @@ def _labels(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], str]:
 def _looks(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], fs.Look]:
     """The family's colour and marker; a family's second arm is dashed."""
     families = {(row["mixer"], row["heads"] or 0): row["family"] for row in rows}
-    looks, used = {}, {}
-    for arm in sorted(families, key=lambda a: (a[0].count("-"), a)):
-        colour, marker = fs.FAMILIES.get(families[arm], fs.OTHER_FAMILY)
-        number = used[colour] = used.get(colour, -1) + 1
-        looks[arm] = fs.Look(colour, marker, fs.DASHES[number % len(fs.DASHES)])
-    return looks
+    arms = sorted(families, key=lambda a: (a[0].count("-"), a))
+    return dict(zip(arms, fs.family_looks(families[arm] for arm in arms), strict=True))
 
 
 class _Sheet:

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,16 @@ class Look:
         parts = [int(self.colour[i : i + 2], 16) for i in (1, 3, 5)]
         light = sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), parts, strict=True)) > 130
         return "#" + "".join(f"{int(p * 0.72) if light else p:02x}" for p in parts)
+
+
+def family_looks(families: Iterable[str]) -> list[Look]:
+    """A look a line: the family's colour and marker; a family's second line is dashed, and so on."""
+    seen: dict[str, int] = {}
+    found = []
+    for family in families:
+        number = seen[family] = seen.get(family, -1) + 1
+        found.append(Look(*FAMILIES.get(family, OTHER_FAMILY), DASHES[number % len(DASHES)]))
+    return found
 
 
 @contextmanager
