@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measure on a GPU machine without a network, in steps that each have a time limit.
 #   tools/gpu.sh STEP...   STEP: setup doctor smoke tests verify kernels tune cold counters timing decode layers
-#                          fig2 neighbours all throughput recall-try recall cache. `all`: the three suites, over
-#                          two GPUs where there are two; `recall`: over all.
+#                          fig2 neighbours all throughput recall-try recall cache. `all`: the three suites; it and
+#                          `throughput` over two GPUs where there are two, `recall` over all.
 # What the machine lacks is taken from .whl/: wheels, a newer ptxas as ptxas.gz, and site folders as *.tar.xz (packages,
 # perhaps a ptxas at the top). Rows and logs are packed into $OUT/gpu.tar.gz (default: out/) twice a minute and at the
 # end, so that a run that is cut loses little.
@@ -63,6 +63,13 @@ suite() {  # suite NAME DEVICE [OPTIONS]: --resume, so that what ran into its li
         --resume ${IMPL:+--impl "$IMPL"} ${ARGS:-} "$@"
 }
 
+training() {  # training CONDITIONS DEVICE: Figure 6's steps
+    step "throughput-${2/:/}" "$TOTAL" python3 -m glabench throughput ${MODELS:-} --size "${SIZE:-1.3b}" \
+        --conditions "$1" --device "$2" ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-}
+}
+
+gpus() { nvidia-smi -L | wc -l; }
+
 for name in "$@"; do
     case $name in
         setup)
@@ -100,22 +107,28 @@ for name in "$@"; do
         timing) step timing 90 python3 tools/check_timing.py ;;
         decode) step decode "$TOTAL" python3 -m glabench decode --shape "${SHAPE:-340m,1.3b}" --out "$RESULTS/decode" \
             --impl "${IMPL:-gla,gla_step_fla,retention,linear_attention,attention,mamba,mamba2}" --resume ${ARGS:-} ;;
-        throughput) step throughput "$TOTAL" python3 -m glabench throughput ${MODELS:-} --size "${SIZE:-1.3b}" \
-            ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-} ;;
+        throughput)  # over two GPUs a condition on each
+            if [ "$(gpus)" -gt 1 ]; then
+                training paper cuda:0 & side=$!
+                training modern cuda:1
+                wait "$side"
+            else
+                training paper,modern cuda
+            fi ;;
         layers | fig2 | neighbours) suite "$name" "${DEVICE:-cuda}" ;;
         recall-try)  # a few steps of each mixer: does it run, with a CUDA graph, and what does an epoch take
             TAIL=20 step recall-try 300 python3 -m glabench recall --panel b --dims 64,512 --lrs 2e-3 --epochs 2 \
                 --examples 12800 --jobs 1 --out "$RESULTS/recall-try" ${ARGS:-} ;;
         recall)  # Figure 4's panels, a shard a GPU; what TOTAL cuts off goes on with the next call
-            gpus=$(nvidia-smi -L | wc -l)
-            for ((i = 0; i < gpus; i++)); do
+            count=$(gpus)
+            for ((i = 0; i < count; i++)); do
                 TAIL=40 step "recall-$i" "$TOTAL" python3 -m glabench recall --panel paper --device "cuda:$i" \
-                    --shard "$i/$gpus" --epochs "${EPOCHS:-16}" --seeds "${SEEDS:-1}" --jobs "${JOBS:-4}" \
+                    --shard "$i/$count" --epochs "${EPOCHS:-16}" --seeds "${SEEDS:-1}" --jobs "${JOBS:-4}" \
                     --stop-sweep --out "$RESULTS/fig4" ${ARGS:-} &
             done
             wait ;;
         all)
-            if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
+            if [ "$(gpus)" -gt 1 ]; then
                 (suite fig2 cuda:1; suite neighbours cuda:1) & side=$!
                 suite layers cuda:0
                 wait "$side"
