@@ -66,7 +66,8 @@ def test_every_planned_run_is_one_that_train_takes(quality, site, tmp_path):
         path.write_text(job.toml())
         found = settings.load(str(path))
         assert found.model["name"] in catalog.names() and found.settings.sequences >= 1
-        budget = site.args.tune_tokens if job.name.startswith("tune") else site.args.tokens
+        budgets = {"tune": site.args.tune_tokens, "ablation": site.args.ablation_tokens}
+        budget = budgets.get(job.name.split("-")[0], site.args.tokens)
         assert 0 <= budget - found.settings.steps * found.settings.batch_tokens < found.settings.batch_tokens
     (carried,) = quality.jobs(site, "tbptt")
     assert (carried.train["segments"], carried.train["batch_tokens"]) == (12, 5 * 12 * 2048)  # near 64 x 2048

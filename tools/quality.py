@@ -6,13 +6,14 @@ data       text -> tokens; files named valid* are the validation split, else 1% 
 tune       every family for --tune-tokens at each of --rates
 main       the families for --tokens at the rate of --lr, or the one that `tune` found best
 tbptt      GLA on sequences of --segments segments, the state carried over and the gradient not
-ablations  Table 4: GLA, its gates and its heads, with --seeds seeds each
+ablations  Table 4: GLA, its gates and its heads, for --ablation-tokens, with --seeds seeds each
 evaluate   the last checkpoints of main and tbptt by `glabench extrapolate` on the documents of --books, and
            those of main by `glabench lm-eval` on the files of --tasks-from
 
---jobs runs a GPU at a time, all GPUs at once. A run that meets --limit, or --total for everything, saves a
-checkpoint and goes on with the next call that has the same --site. Curves, settings, rows and a summary are
-packed into OUT/quality.tar.gz whatever happens; weights only with --weights.
+`main`, `tbptt` and `ablations` run side by side, --jobs runs a GPU at a time, all GPUs at once. A run that
+meets --limit, or --total for everything, saves a checkpoint and goes on with the next call that has the same
+--site. Curves, settings, rows and a summary are packed into OUT/quality.tar.gz whatever happens; weights only
+with --weights.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from pathlib import Path
 
 from quality_site import Site, Work, say
 
-FAMILIES = ("gla", "retnet", "mamba", "transformer")
+FAMILIES = ("mamba", "gla", "retnet", "transformer")  # the slowest to train first: it ends last
 ABLATIONS = ("", "-no-gate", "-fixed-decay", "-scalar-gate", "-1-head", "-8-heads")
 STEPS = ("data", "tune", "main", "tbptt", "ablations", "evaluate")
+TOGETHER = (("tune",), ("main", "tbptt", "ablations"), ("evaluate",))  # each needs what the one before made
 RATE = 1e-3  # where neither --lr nor `tune` says another
 KEPT = ("metrics.csv", "train.json")
 WEIGHTS = ("model.safetensors", "config.json", "state.json")  # with them the folder is a checkpoint
@@ -87,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="mistral", help="mistral, bytes or a file")
     parser.add_argument("--tokens", type=size, default=size("300m"))
     parser.add_argument("--tune-tokens", type=size, default=size("40m"))
+    parser.add_argument("--ablation-tokens", type=size, default=size("100m"))
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3")
     parser.add_argument("--lr", default="", help="gla=2e-3,mamba=1e-3: instead of what `tune` found")
     parser.add_argument("--seeds", type=int, default=2, help="of the ablations")
@@ -188,10 +191,9 @@ def jobs(site: Site, step: str) -> list[Job]:
     if step == "tbptt":
         carried = settings(site, args.tokens, lr, segments=args.segments)
         return [Job(f"tbptt-gla-{args.segments}x{args.seqlen}", f"gla-{args.size}", 0, carried)]
+    train = settings(site, args.ablation_tokens, lr)
     return [
-        Job(
-            f"ablation-gla{change}-s{seed}", f"gla-{args.size}{change}", seed, settings(site, args.tokens, lr)
-        )
+        Job(f"ablation-gla{change}-s{seed}", f"gla-{args.size}{change}", seed, train)
         for seed in range(args.seeds)
         for change in ABLATIONS
     ]
@@ -349,11 +351,13 @@ def _files(run: Path, *, weights: bool) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def run(site: Site, step: str) -> None:
-    """One step, all its runs."""
-    is_last = step == "evaluate"
-    found = evaluations(site) if is_last else [training(site, job) for job in jobs(site, step)]
-    say(f"{step}: {len(found)} runs, {len(site.workers)} at a time, {site.left_s():.0f} s left")
+def run(site: Site, steps: list[str]) -> None:
+    """All runs of these steps, side by side."""
+    if steps == ["evaluate"]:
+        found = evaluations(site)
+    else:
+        found = [training(site, job) for step in steps for job in jobs(site, step)]
+    say(f"{' '.join(steps)}: {len(found)} runs, {len(site.workers)} at a time, {site.left_s():.0f} s left")
     site.run_all(found)
 
 
@@ -363,10 +367,10 @@ def main() -> None:
     asked = [step for step in STEPS if step in args.steps or "all" in args.steps]
     try:
         if asked == ["evaluate"] or prepare(site):
-            for step in asked:
-                site.kept_s = args.reserve if "evaluate" in asked and step != "evaluate" else 0.0
-                if step != "data":
-                    run(site, step)
+            for together in TOGETHER:
+                site.kept_s = args.reserve if "evaluate" in asked and "evaluate" not in together else 0.0
+                if steps := [step for step in together if step in asked]:
+                    run(site, steps)
     finally:
         pack(site)
 
