@@ -30,10 +30,11 @@ from pathlib import Path
 
 from quality_site import Site, Work, say
 
-FAMILIES = ("mamba", "gla", "retnet", "transformer")  # the slowest to train first: it ends last
+FAMILIES = ("mamba", "gla", "retnet", "transformer")  # the slowest to train first
 ABLATIONS = ("", "-no-gate", "-fixed-decay", "-scalar-gate", "-1-head", "-8-heads")
 STEPS = ("data", "tune", "main", "tbptt", "ablations", "evaluate")
-TOGETHER = (("tune",), ("main", "tbptt", "ablations"), ("evaluate",))  # each needs what the one before made
+# each needs what the one before made; within one, what takes longest goes first: segments are small steps
+TOGETHER = (("tune",), ("tbptt", "main", "ablations"), ("evaluate",))
 RATE = 1e-3  # where neither --lr nor `tune` says another
 KEPT = ("metrics.csv", "train.json")
 WEIGHTS = ("model.safetensors", "config.json", "state.json")  # with them the folder is a checkpoint
