@@ -33,7 +33,7 @@ def _run(script, *words):
 
 def test_the_kernels_outputs_and_gradients_are_those_of_float64():
     found = _run("gate_points.py")
-    assert len(found) == 7
+    assert len(found) == 9
     assert not {name: errors for name, errors in found.items() if not max(errors) < 1e-6}  # a few roundings
 
 

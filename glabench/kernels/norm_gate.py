@@ -58,14 +58,15 @@ class NormGateFunction(torch.autograd.Function):
 
 
 def _sizes(x: Tensor) -> tuple[int, dict[str, int], Launch]:
-    """Rows, the kernels' constants, and their launch."""
     V = x.shape[-1]
+    return x.numel() // V, *tile_of(V)
+
+
+def tile_of(V: int) -> tuple[dict[str, int], Launch]:
+    """The kernels' constants for rows of V values, and their launch."""
     BV = triton.next_power_of_2(V)
-    return x.numel() // V, {"V": V, "BV": BV, "BR": max(1, BLOCK // BV)}, _launch(BV)
-
-
-def _launch(BV: int) -> Launch:
-    return Launch(BV=BV, warps=4 if BV <= BLOCK else 16, stages=1)
+    warps = 4 if BV <= BLOCK else 16
+    return {"V": V, "BV": BV, "BR": max(1, BLOCK // BV)}, Launch(BV=BV, warps=warps, stages=1)
 
 
 @triton.jit

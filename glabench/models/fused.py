@@ -64,22 +64,25 @@ def _fuse_module(module: nn.Module) -> list[str]:
         from liger_kernel.transformers.functional import liger_swiglu
 
         module.silu_mul = liger_swiglu
-        return ["silu_mul", *_fuse_gates(module)]
+        return ["silu_mul", *fuse_gates(module)]
     if isinstance(module, modeling_llama.LlamaMLP):
         module.forward = MethodType(_swiglu, module)
         return ["silu_mul"]
     return []
 
 
-def _fuse_gates(module: nn.Module) -> list[str]:
+def fuse_gates(module: nn.Module) -> list[str]:
     """Those of our token mixer, which come as our own kernels."""
     if not isinstance(module, LinearAttention):
         return []
-    module.log_gate = _log_gate
-    if not is_rms_norm(module.g_norm):
-        return ["log_gate"]
-    module.norm_gate = MethodType(_norm_gate, module)
-    return ["log_gate", "norm_gate"]
+    replaced = []
+    if hasattr(module, "gk_proj"):
+        module.log_gate = _log_gate
+        replaced.append("log_gate")
+    if is_rms_norm(module.g_norm):
+        module.norm_gate = MethodType(_norm_gate, module)
+        replaced.append("norm_gate")
+    return replaced
 
 
 def is_rms_norm(module: nn.Module) -> bool:

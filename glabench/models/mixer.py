@@ -29,7 +29,7 @@ def silu_mul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def log_gate(x: Tensor, tau: float) -> Tensor:
-    """log sigmoid(x) / tau, in float32 of 16-bit logits; kept is the result, as the layer does."""
+    """log sigmoid(x) / tau, in float32 of 16-bit logits; the backward pass takes its result alone."""
     return LogGate.apply(x, tau)
 
 
