@@ -34,7 +34,8 @@ def _run(script, *words):
 def test_the_kernels_outputs_and_gradients_are_those_of_float64():
     found = _run("gate_points.py")
     assert len(found) == 9
-    assert not {name: errors for name, errors in found.items() if not max(errors) < 1e-6}  # a few roundings
+    off = {name: [e for e in errors if not e < 1e-6] for name, errors in found.items()}  # a few roundings
+    assert not any(off.values()), off
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_models_gradients_through_the_gate_are_plain_ones(gate):
     for block in model.model.layers:
         block.attn.log_gate = lambda x, tau: F.logsigmoid(x) / tau
     wanted = gradients()
-    assert max(difference(found[name], g) for name, g in wanted.items()) <= EXACT
+    assert all(difference(found[name], g) <= EXACT for name, g in wanted.items())
 
 
 def test_widths_that_do_not_fit_are_refused():
@@ -129,4 +130,4 @@ def test_on_a_gpu_both_kernels_are_the_plain_forms(dtype):
     exact = [t.double().requires_grad_() for t in leaves]
     wanted = gradients(plain, lambda t: F.logsigmoid(t) / TAU, exact)
     assert found[1].dtype == torch.float32
-    assert max(difference(a, b) for a, b in zip(found, wanted, strict=True)) <= limit
+    assert all(difference(a, b) <= limit for a, b in zip(found, wanted, strict=True))

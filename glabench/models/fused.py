@@ -72,7 +72,7 @@ def _fuse_module(module: nn.Module) -> list[str]:
 
 
 def fuse_gates(module: nn.Module) -> list[str]:
-    """Those of our token mixer, which come as our own kernels."""
+    """Let our token mixer's gates run as our own kernels; returns what was replaced."""
     if not isinstance(module, LinearAttention):
         return []
     replaced = []
