@@ -73,12 +73,18 @@ class Implementation:
     needs: tuple[str, ...] = ("torch",)
     features: tuple[str, ...] = ()
     preference: int = 50  # the lowest one that can run is what the family's name resolves to
+    training_preference: int | None = None  # in a model that trains, where memory counts; else the same
     layout_copy: bool = False  # converts layouts inside the timed call
     compiles: bool = False  # compiles or tunes kernels for each shape: a sweep does that ahead
     limits: Callable[[Mapping[str, Any], str], str | None] | None = None
     note: str = ""
     source: str = "glabench"  # or the distribution or file that brought it
     path: Path | None = None
+
+    @property
+    def in_training(self) -> int:
+        """The preference of models that train."""
+        return self.preference if self.training_preference is None else self.training_preference
 
     def unavailable(self, device: str) -> str | None:
         """Why this cannot run on `device` ("cpu", "cuda" or "cuda:N") here, in one line, or None."""

@@ -1,5 +1,7 @@
 """Models compiled block by block: the same loss and gradients, one graph for all layers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tolerances import TWO_FP32_FORMS, difference
@@ -8,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from glabench.models import catalog
 from glabench.models.compiling import compile_blocks
+from glabench.training.segments import segment_losses
 
 # dynamo itself looks at .grad of what is no leaf
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -47,6 +50,18 @@ def test_compiled_blocks_give_the_eager_loss_and_gradients(family):
     assert abs(mine - eager) <= TWO_FP32_FORMS * eager
     assert max(difference(found[name], g) for name, g in wanted.items()) <= TWO_FP32_FORMS
     assert counters["stats"]["unique_graphs"] == GRAPHS[family]
+
+
+def test_segments_make_two_graphs_a_block_and_none_after_the_first_step():
+    torch.manual_seed(0)
+    model = catalog.build("gla-tiny", **SHAPE, **MORE["gla"]).train()
+    compile_blocks(model, backend="aot_eager")
+    graphs = []
+    for _ in range(3):
+        for loss in segment_losses(model, torch.randint(256, (2, 28)), 4, nullcontext):
+            loss.backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2] + [3] * 11  # a block without a state and the norm, then a block with one
 
 
 def test_a_model_without_blocks_of_that_name_is_compiled_whole():

@@ -78,5 +78,7 @@ def test_every_fused_operation_gives_the_plain_loss_and_gradients(family):
     mine, found = step()
     assert {"rms_norm", "linear_cross_entropy"} <= set(replaced)
     assert ("rotary" in replaced) == (family == "transformer")
+    assert ("norm_gate" in replaced) == (family in ("gla", "retnet"))
+    assert ("log_gate" in replaced) == (family == "gla")
     assert abs(mine - plain) < 0.01
     assert max(difference(found[name], g) for name, g in wanted.items()) < 0.1  # bf16 through four layers

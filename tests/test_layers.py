@@ -70,7 +70,7 @@ ARROWS = {  # layer: what it may import; docs/ARCHITECTURE.md draws the same
     "inputs": "errors cases",
     "oracle": "errors oracle_long",
     "kernels": "errors installed",
-    "models": "errors installed registry",
+    "models": "errors installed registry kernels",
     "impls": "registry installed kernels",
     "paper": "",
     "figures": "errors results rows quality paper",

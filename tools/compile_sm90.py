@@ -1,4 +1,4 @@
-"""Compile every chunk kernel for Hopper, without a GPU, and print what the assembler made of it.
+"""Compile every kernel of the layers for Hopper, without a GPU, and print what the assembler made of it.
 
 One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions, seconds. With
 TRITON_PTXAS_PATH set, that assembler is used. Usage: compile_sm90.py [340m|1.3b|fig2 ...] [--dtype bf16]
@@ -28,6 +28,8 @@ from glabench.kernels.gla_scale import scale_kernel, scores_kernel, sums_kernel
 from glabench.kernels.gla_state import state_kernel
 from glabench.kernels.gla_step import STRIDES, recurrent_kernel
 from glabench.kernels.gla_wide import wide_kernel
+from glabench.kernels.log_gate import TILE, log_gate_backward_kernel, log_gate_kernel
+from glabench.kernels.norm_gate import norm_gate_backward_kernel, norm_gate_kernel, tile_of
 from glabench.kernels.plan_files import Point
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
@@ -46,6 +48,11 @@ KERNELS = {
     "scores": scores_kernel,
     "recurrent": recurrent_kernel,
 }
+GATE_KERNELS = {  # of a model's layer, around the chunks
+    "log_gate": (log_gate_kernel, log_gate_backward_kernel),
+    "norm_gate": (norm_gate_kernel, norm_gate_backward_kernel),
+}
+APART = ("recurrent", *GATE_KERNELS)  # kernels that take no chunks
 PLANNED = {"sums": "scale", "scores": "scale"}  # kernels that share a launch
 REVERSIBLE, HARDENED = ("carry", "state", "output"), ("output", "gradient")
 DEVICE = "h100_sxm"  # whose plan file is taken
@@ -146,19 +153,41 @@ def recurrent(shape, gate, dtype):
         report(f"{shape} {dtype} {gate} recurrent, batch {batch}", made, launch)
 
 
+def around(shape, name, dtype):
+    """Compile a gate's kernels, forward and backward, at a model's widths."""
+    V, x = SHAPES[shape][2], POINTERS[dtype]
+    constants, tile = ({"BV": TILE.BV}, TILE) if name == "log_gate" else tile_of(V)
+    types = {
+        **dict.fromkeys(("x", "y", "gate", "dy", "dx", "dgate"), x),
+        **dict.fromkeys(("g", "dg", "weight", "parts"), "*fp32"),
+        **dict.fromkeys(("tau", "eps"), "fp32"),
+        **dict.fromkeys(("rows", "programs"), "i32"),
+        "count": "i64",
+    }
+    for kernel, label in zip(GATE_KERNELS[name], ("", " backward"), strict=True):
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types[n] for n in names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+        }
+        report(f"{shape} {dtype} {name}{label}", ASTSource(kernel, signature, constants, aligned), tile)
+
+
 def main():
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--dtype", choices=list(POINTERS), default="bf16")
     parser.add_argument("--gates", nargs="+", default=list(GATES))
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", default=[*KERNELS, *GATE_KERNELS])
     args = parser.parse_args()
     for shape in args.shapes:
         H, K, V = SHAPES[shape]
+        for name in GATE_KERNELS.keys() & set(args.kernels):
+            around(shape, name, args.dtype)
         for gate in args.gates:
             plan = gla_configs.plan_on(DEVICE, Point(K, V, GATES[gate], args.dtype != "bf16"))
-            names = [n for n in args.kernels if n != "recurrent"]
+            names = [n for n in args.kernels if n not in APART]
             kinds = [(n, r, h) for n in names for r in (False, True) for h in (False, True)]
             if "recurrent" in args.kernels:
                 recurrent(shape, gate, args.dtype)

@@ -10,6 +10,7 @@ from glabench.registry import implementation
     needs=("torch", "triton", "cuda"),
     features=("state", "varlen", "scale"),
     preference=32,
+    training_preference=9,
     note="one more pass over k, v and g in the backward pass",
 )
 def load():

@@ -10,6 +10,7 @@ from glabench.registry import implementation
     needs=("torch", "triton", "cuda"),
     features=("state", "varlen", "scale"),
     preference=32,
+    training_preference=9,
     note="no normaliser; one more pass over k and v in the backward pass",
 )
 def load():

@@ -1,4 +1,7 @@
-"""Fused operations from Liger-Kernel in a model that is built: norms, SwiGLU, rotary positions, the loss."""
+"""Fused operations in a model that is built: norms, SwiGLU, rotary positions and the loss from Liger-Kernel.
+
+The token mixer's gates, and the norm of each head, come as kernels of our own.
+"""
 
 from types import MethodType
 from typing import Any
@@ -10,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from glabench.errors import UnavailableError
 from glabench.installed import no_fused_operations
+from glabench.models.mixer import LinearAttention, log_gate
 
 # what is known to compute x / rms(x) * weight: other families' norms have the same names and other formulas
 NORMS = {
@@ -25,12 +29,13 @@ LOGITS = 1 << 28  # made at a time: products of fewer rows leave a large GPU hal
 
 
 def fuse(model: nn.Module, *, operations: bool = True, loss: bool = True) -> tuple[str, ...]:
-    """Let a causal language model, ours or transformers', compute with Liger-Kernel; its weights stay.
+    """Let a causal language model, ours or transformers', compute with fused operations; its weights stay.
 
-    `operations`: every RMSNorm, swish(x) * y, and the transformer's rotary positions. `loss`: the output
-    matrix and the cross-entropy in one, where there are labels; logits are then not kept, and the
-    output's `logits` are the last hidden states.
-    Returns what was replaced: of rms_norm, silu_mul, rotary, linear_cross_entropy.
+    `operations`: every RMSNorm, swish(x) * y, the transformer's rotary positions, our mixer's gates.
+    `loss`: the output matrix and the cross-entropy in one, where there are labels; logits are then not
+    kept, and the output's `logits` are the last hidden states.
+    Returns what was replaced: of rms_norm, silu_mul, rotary, log_gate, norm_gate,
+    linear_cross_entropy.
     Raises: UnavailableError without Liger-Kernel or a GPU, and for models of other kinds.
     """
     reason = no_fused_operations(str(next(model.parameters()).device))
@@ -59,11 +64,25 @@ def _fuse_module(module: nn.Module) -> list[str]:
         from liger_kernel.transformers.functional import liger_swiglu
 
         module.silu_mul = liger_swiglu
-        return ["silu_mul"]
+        return ["silu_mul", *fuse_gates(module)]
     if isinstance(module, modeling_llama.LlamaMLP):
         module.forward = MethodType(_swiglu, module)
         return ["silu_mul"]
     return []
+
+
+def fuse_gates(module: nn.Module) -> list[str]:
+    """Let our token mixer's gates run as our own kernels; returns what was replaced."""
+    if not isinstance(module, LinearAttention):
+        return []
+    replaced = []
+    if hasattr(module, "gk_proj"):
+        module.log_gate = _log_gate
+        replaced.append("log_gate")
+    if is_rms_norm(module.g_norm):
+        module.norm_gate = MethodType(_norm_gate, module)
+        replaced.append("norm_gate")
+    return replaced
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -87,6 +106,21 @@ def _narrow(x: Tensor) -> Tensor:
     """In autocast's type, where it is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _log_gate(x: Tensor, tau: float) -> Tensor:
+    from glabench.kernels import log_gate as kernel
+
+    return log_gate(x, tau) if torch.compiler.is_compiling() else kernel.log_gate(x, tau)
+
+
+def _norm_gate(module: LinearAttention, o: Tensor, gate: Tensor) -> Tensor:
+    from glabench.kernels.norm_gate import norm_gate
+
+    if torch.compiler.is_compiling():  # it makes kernels of its own, and keeps as little
+        return LinearAttention.norm_gate(module, o, gate)
+    norm = module.g_norm
+    return norm_gate(o, gate.reshape(o.shape), norm.weight, norm.eps).flatten(-2)
 
 
 def _swiglu(module: nn.Module, x: Tensor) -> Tensor:

@@ -28,6 +28,27 @@ def silu_mul(x: Tensor, y: Tensor) -> Tensor:
     return F.silu(x) * y
 
 
+def log_gate(x: Tensor, tau: float) -> Tensor:
+    """log sigmoid(x) / tau, in float32 of 16-bit logits; the backward pass takes its result alone."""
+    return LogGate.apply(x, tau)
+
+
+class LogGate(torch.autograd.Function):
+    """See log_gate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tau: float) -> Tensor:
+        g = F.logsigmoid(x.to(wide(x.dtype))) / tau
+        ctx.save_for_backward(g)
+        ctx.tau, ctx.dtype = tau, x.dtype
+        return g
+
+    @staticmethod
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor, None]:
+        (g,) = ctx.saved_tensors
+        return (dg * -torch.expm1(g * ctx.tau) / ctx.tau).to(ctx.dtype), None  # sigmoid(-x) / tau
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32."""
 
@@ -78,7 +99,7 @@ class LinearAttention(nn.Module):
                 linear.xavier_gain = XAVIER_GAIN  # a mark: transformers initialises layer by layer
         norm = RMSNorm if config.layout == "fla" else HeadLayerNorm
         self.g_norm = norm(config.head_v, config.norm_eps)
-        self.silu_mul = silu_mul  # models/fused.py puts a fused one here
+        self.silu_mul, self.log_gate = silu_mul, log_gate  # models/fused.py puts fused ones here
 
     def forward(
         self,
@@ -104,15 +125,17 @@ class LinearAttention(nn.Module):
             else:
                 layer = layer_for(self.config, q, torch.is_grad_enabled())
                 o, state = in_parts(layer, q, k, v, gates, self.config.scale, state, keep_state)
-        o = self.silu_mul(self.g_proj(x), self.g_norm(o).flatten(-2))
-        return self.o_proj(o), state
+        return self.o_proj(self.norm_gate(o, self.g_proj(x))), state
+
+    def norm_gate(self, o: Tensor, gate: Tensor) -> Tensor:
+        """swish(gate) * norm of each head: o [B, T, H, V], gate and the result [B, T, H V]."""
+        return self.silu_mul(gate, self.g_norm(o).flatten(-2))
 
     def log_gates(self, x: Tensor) -> Tensor | None:
         """log alpha, [B, T, H, K] for a gate a channel, [B, T, H] for one a head (GLA §4.4, tau = 16)."""
         if self.config.gate not in ("channel", "scalar"):
             return None
-        logits = self.gk_proj(x)
-        g = F.logsigmoid(logits.to(wide(logits.dtype))) / self.config.gate_logit_normalizer
+        g = self.log_gate(self.gk_proj(x), self.config.gate_logit_normalizer)
         return g.unflatten(-1, (self.config.num_heads, -1)) if self.config.gate == "channel" else g
 
 
@@ -252,9 +275,8 @@ def _chosen(
         if reason := _reason(impl, case, device):
             raise UnavailableError(f"{name!r} cannot compute this model", where="implementation", fix=reason)
         return impl.id, impl.load()
-    arms = sorted(
-        (i for i in implementations().values() if i.family == family), key=lambda i: (i.preference, i.id)
-    )
+    arms = [i for i in implementations().values() if i.family == family]
+    arms.sort(key=lambda i: (i.in_training if backward else i.preference, i.id))
     for impl in arms:
         if _reason(impl, case, device) is None:
             return impl.id, impl.load()
