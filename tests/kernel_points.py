@@ -56,9 +56,9 @@ def errors(family, T, d_k, d_v, regime="trained", batch=1, heads=2, bounds=None,
     rule = gla_configs.rule(point)
     plan = dataclasses.replace(rule, chunk=how.pop("chunk", rule.chunk))
     given.pop("chunk", None)
-    if given.pop("scans", False):  # as launches of more than four warps do
-        eight = {name: dataclasses.replace(getattr(plan, name), warps=8) for name in ("scale", "gradient")}
-        plan = dataclasses.replace(plan, **eight)
+    if given.pop("scans", False):  # as launches do whose warps have no 16 rows each
+        many = {name: dataclasses.replace(getattr(plan, name), warps=16) for name in ("scale", "gradient")}
+        plan = dataclasses.replace(plan, **many)
     if states:
         given["initial_state"] = leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
     with oracle.poisoned_memory(), gla_configs.in_force(point, plan):

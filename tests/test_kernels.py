@@ -104,7 +104,12 @@ SETS = {
         _point(f, 200, 48, 32, heads=1, carried=carried, chunk=128)
         for f in FAMILIES
         for carried in (True, False)
-    ],
+    ]
+    + [
+        _point("gla", 200, 96, 48, heads=1, regime=r, chunk=128, scans=scans)
+        for r, scans in (("trained", False), ("trained", True), ("mixed", False), ("extreme", True))
+    ]
+    + [_point("gla", 200, 48, 32, heads=1, bounds=PACKED, regime="strong", chunk=128, form="recompute")],
     "forms": [_point(f, 70, form=form) for f in FAMILIES for form in ("materialised", "recompute")],
 }
 

@@ -123,6 +123,8 @@ def test_a_plan_under_trial_is_in_force_for_its_point_alone_and_ends():
         ("warps = 8", "warps = 6", "warps 6 is not a power of two up to 32 .*plan 1, carry"),
         ("warps = 8", "warps = true", "warps True is not"),
         (", stages = 2", "", "stages is missing .*carry"),
+        # a hard tile is halved seven times at most
+        ("carry =", "chunk = 256\ncarry =", "chunk 256 is not a power of two from 16 to 128 .*plan 1"),
         ("{ BV = 64, warps = 8, stages = 2 }", "64", "launch 64 is not a table"),
     ],
 )

@@ -2,6 +2,8 @@
 
 One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions, seconds. With
 TRITON_PTXAS_PATH set, that assembler is used. Usage: compile_sm90.py [340m|1.3b|fig2 ...] [--dtype bf16]
+
+--chunk 128 compiles every launch that `glabench tune` tries in such chunks in place of the plan's.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from glabench.kernels.gla_wide import wide_kernel
 from glabench.kernels.log_gate import TILE, log_gate_backward_kernel, log_gate_kernel
 from glabench.kernels.norm_gate import norm_gate_backward_kernel, norm_gate_kernel, tile_of
 from glabench.kernels.plan_files import Point
+from glabench.runners.tune_variants import VARIANTS
 
 SHAPES = {"340m": (4, 128, 256), "1.3b": (4, 256, 512), "fig2": (16, 64, 64)}  # H, K, V
 GATES = {"none": 0, "fixed": 1, "head": 2, "channel": 3}
@@ -95,7 +98,8 @@ def sources(name, H, K, V, gate, dtype, reverse, hard, launch, plan):
     constants |= {"HARD": hard, "WIDE": dtype != "bf16", "PRECISION": gla_launch.precision(TORCH[dtype])}
     absent = ["bounds", "offsets", "chunks", "lost"]
     has_scores = name in ("wide", "scores") or (gate == GATES["channel"] and K > 2 * plan.BK and not hard)
-    constants |= {"SCORES": has_scores, "APART": launch.warps > 4, "SCAN": launch.warps > 4}
+    constants |= {"SCORES": has_scores, "APART": launch.warps > 4}
+    constants |= {"SCAN": gla_launch.sums_by_scans(launch, plan.chunk)}
     if name in ("wide", "exact"):
         constants |= {"BK": triton.next_power_of_2(K), "TILES": -(-K // plan.BK)}
     absent += [] if has_scores else ["scores"]
@@ -124,8 +128,9 @@ def report(label, source, launch):
         return
     ptx = made.asm["ptx"]
     registers, spills = assembled(ptx)
-    line = f"{label:44} BV {launch.BV:3} warps {launch.warps} stages {launch.stages} registers {registers:3} "
-    line += f"spills {spills:4} shared {made.metadata.shared:6} "
+    limit = "" if launch.registers is None else f"of {launch.registers} "
+    line = f"{label:44} BV {launch.BV:3} warps {launch.warps:2} stages {launch.stages} "
+    line += f"registers {registers:3} {limit}spills {spills:4} shared {made.metadata.shared:6} "
     line += f"wgmma {len(re.findall('wgmma.mma_async', ptx)):4} "
     line += f"mma {len(re.findall('mma.sync', ptx)):4} {time.perf_counter() - begin:5.1f} s"
     print(line, flush=True)  # noqa: T201
@@ -180,13 +185,15 @@ def main():
     parser.add_argument("--dtype", choices=list(POINTERS), default="bf16")
     parser.add_argument("--gates", nargs="+", default=list(GATES))
     parser.add_argument("--kernels", nargs="+", default=[*KERNELS, *GATE_KERNELS])
+    parser.add_argument("--chunk", type=int, choices=sorted(VARIANTS))
     args = parser.parse_args()
     for shape in args.shapes:
         H, K, V = SHAPES[shape]
         for name in GATE_KERNELS.keys() & set(args.kernels):
             around(shape, name, args.dtype)
         for gate in args.gates:
-            plan = gla_configs.plan_on(DEVICE, Point(K, V, GATES[gate], args.dtype != "bf16"))
+            point = Point(K, V, GATES[gate], args.dtype != "bf16")
+            plan = gla_configs.rule(point, args.chunk) if args.chunk else gla_configs.plan_on(DEVICE, point)
             names = [n for n in args.kernels if n not in APART]
             kinds = [(n, r, h) for n in names for r in (False, True) for h in (False, True)]
             if "recurrent" in args.kernels:
@@ -194,12 +201,12 @@ def main():
             for name, reverse, hard in kinds:
                 if not exists(name, gate, K, plan.BK, reverse, hard, args.dtype != "bf16"):
                     continue
-                launch = (
-                    plan.carry_back if name == "carry" and reverse else getattr(plan, PLANNED.get(name, name))
-                )
-                made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan)
+                planned = "carry_back" if name == "carry" and reverse else PLANNED.get(name, name)
                 label = f"{shape} {args.dtype} {gate} {name}{' reverse' * reverse}{' hard' * hard}"
-                report(label, made, launch)
+                tried = VARIANTS[args.chunk].get(planned, ()) if args.chunk else ()
+                for launch in dict.fromkeys((getattr(plan, planned), *(x for x in tried if x.BV <= V))):
+                    made = sources(name, H, K, V, GATES[gate], args.dtype, reverse, hard, launch, plan)
+                    report(label, made, launch)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Check and time the chunk kernels on a GPU, quickly: JSON lines, one a point, failures included.
 
-Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep cold counted] [--shapes 340m fig2]
+Usage: try_kernels.py [--limit 90] [--parts check time profile host steady sweep cold counted]
+                      [--shapes 340m fig2] [--chunk 128] [--launch gradient=64,8,3 output=128,8,2]
 
 host      microseconds until a call is enqueued, the first after a wait, with cold caches, and later ones:
           forward, forward and backward, and a function that does nothing, which is autograd's part
+steady    the same pass many times over: every output and gradient must be the same, bit for bit
 cold      a process's first forward and backward pass; with an empty TRITON_CACHE_DIR, one shape a process
 counted   one pass forward and backward and one forward alone, for `ncu --profile-from-start off`
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -24,7 +28,10 @@ from glabench import oracle
 from glabench.cases import SHAPES, Case
 from glabench.inputs import make_grad_out, make_inputs, make_state
 from glabench.kernels import gla_chunk as ours
+from glabench.kernels import gla_configs
+from glabench.kernels.plan_files import KERNELS, Launch, Point
 from glabench.runners import tune
+from glabench.runners.tune_variants import GATES
 
 FUNCTIONS = {
     "gla": ours.gla_chunk,
@@ -33,6 +40,7 @@ FUNCTIONS = {
     "linear_attention": ours.linear_attention_chunk,
 }
 TOKENS = 32768
+REPEATS = 100  # of a pass that must give the same each time
 PACKED = (0, 1, 1, 64, 129, 200, 332)
 # T, batch, heads, d_k, d_v, dtype, regime, packed, form; the model shapes in the dtype that counts come first
 POINTS = [
@@ -100,6 +108,36 @@ def call(family, T, batch, heads, d_k, d_v, dtype, regime, rows=None):
         make_state(family, case, "cuda", 2, rows),
         make_state(family, case, "cuda", 3, rows),
     )
+
+
+@contextlib.contextmanager
+def planned(family, d_k, d_v, dtype, chunk, launches):
+    """Until the end of the block this point is launched so, in chunks of `chunk`; as its plan says if None.
+
+    Launches are of 16-bit tiles: float32 arithmetic keeps the rule's.
+    """
+    if chunk is None and not launches:
+        yield
+        return
+    point = Point(d_k, d_v, GATES[f"{family}_chunk"], dtype != "bf16")
+    plan = gla_configs.rule(point, chunk or gla_configs.CHUNK)
+    if not point.wide:
+        most = 1 << (d_v - 1).bit_length()
+        fitting = {n: dataclasses.replace(x, BV=min(x.BV, most)) for n, x in launches.items()}
+        plan = dataclasses.replace(plan, **fitting)
+    with gla_configs.in_force(point, plan):
+        yield
+
+
+def launch_of(text):
+    """('gradient', its launch) from 'gradient=64,8,3'; a fourth number limits registers."""
+    name, _, numbers = text.partition("=")
+    if name not in KERNELS:
+        raise argparse.ArgumentTypeError(f"no kernel {name!r}: one of {', '.join(KERNELS)}")
+    try:
+        return name, Launch(*map(int, numbers.split(",")))
+    except (TypeError, ValueError) as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KERNEL=BV,WARPS,STAGES[,REGISTERS]") from err
 
 
 def check(family, point):
@@ -170,7 +208,8 @@ def prepared(family, shape, T):
             return function(*leaves)
 
     def both():
-        return torch.autograd.grad(function(*leaves)[0], leaves, d_out)
+        out = function(*leaves)[0]
+        return out.detach(), *torch.autograd.grad(out, leaves, d_out)
 
     return forward, both
 
@@ -225,6 +264,21 @@ class Nothing(torch.autograd.Function):
     def backward(ctx, grad):
         """What came, four times."""
         return (grad,) * len(ctx.saved_tensors)
+
+
+def steady(family, shape, T):
+    """How many of many equal passes differ from the first, by what they give; memory poisoned."""
+    _, both = prepared(family, shape, T)
+    with oracle.poisoned_memory():
+        first = both()
+        names = ("out", "dq", "dk", "dv", "dg")[: len(first)]
+        off = torch.zeros(len(first), dtype=torch.int64, device=first[0].device)
+        for _ in range(REPEATS):
+            for i, (x, y) in enumerate(zip(both(), first, strict=True)):
+                off[i] += (x.view(torch.int16) != y.view(torch.int16)).any()
+    differ = {n: k for n, k in zip(names, off.tolist(), strict=True) if k}
+    infinite = [n for n, x in zip(names, first, strict=True) if not x.isfinite().all()]
+    return {"status": "wrong" if differ or infinite else "ok", "differ": differ, "infinite": infinite}
 
 
 def profiled(family, shape, T):
@@ -300,6 +354,10 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["check", "time", "profile", "host"])
     parser.add_argument("--shapes", nargs="+", default=["340m", "1.3b", "fig2"])
     parser.add_argument("--families", nargs="+", default=list(FUNCTIONS))
+    parser.add_argument(
+        "--chunk", type=int, choices=(16, 32, 64, 128), help="tokens a chunk; sweeps try their own"
+    )
+    parser.add_argument("--launch", nargs="+", type=launch_of, default=[], metavar="KERNEL=BV,WARPS,STAGES")
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help="part i of n, of checks")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -314,23 +372,33 @@ def main():
             if point[6] == "trained" or family in ("gla", "simple_gla")
         ]
         for family, point in wanted[args.share[0] :: args.share[1]]:
-            guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
+            with planned(family, *point[3:6], args.chunk, dict(args.launch)):
+                guarded({"part": "check", "family": family, "point": point}, half, check, family, point)
     for part in args.parts:
         if part == "sweep":
             sweep(args.shapes, args.families, begin + args.limit)
         elif part != "check":
-            measure(part, args.shapes, args.families, begin + args.limit)
+            how = (args.chunk, dict(args.launch))
+            measure(part, args.shapes, args.families, begin + args.limit, how)
 
 
-def measure(part, shapes, families, deadline):
+def measure(part, shapes, families, deadline, how):
     """One part other than the checks, for each length, shape and family."""
-    runs = {"time": timed, "profile": profiled, "host": host, "cold": cold, "counted": counted}
+    runs = {
+        "time": timed,
+        "profile": profiled,
+        "host": host,
+        "steady": steady,
+        "cold": cold,
+        "counted": counted,
+    }
     lengths = {"time": (1024, 4096, 8192, 16384), "host": (1024,), "cold": (1024,)}
     for T in lengths.get(part, (4096,)):
         for shape in shapes:
             for family in families:
                 what = {"part": part, "family": family, "shape": shape, "T": T}
-                guarded(what, deadline, runs[part], family, shape, T)
+                with planned(family, SHAPES[shape].d_k, SHAPES[shape].d_v, "bf16", *how):
+                    guarded(what, deadline, runs[part], family, shape, T)
 
 
 if __name__ == "__main__":

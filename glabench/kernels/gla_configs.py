@@ -67,13 +67,15 @@ def changes_in_force() -> int:
 def rule(point: Point, chunk: int = CHUNK) -> Plan:
     """Tiles of 64x64; a carried state of two key blocks is narrower, outputs and wide states wider.
 
-    Longer chunks take eight warps.
+    Longer chunks take eight warps, and two stages where tiles are of 16 bits.
     """
     K, V, wide = point.d_k, point.d_v, point.wide
     most = 32 if wide else 64
     BK, BV = min(most, _power2(K)), min(most, _power2(V))
     if chunk > CHUNK:
-        return Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
+        plan = Plan(chunk, BK, *([Launch(BV, 8, 1)] * len(KERNELS)))
+        two = Launch(BV, 8, 1 if wide else 2)
+        return dataclasses.replace(plan, carry=two, carry_back=two, state=two, output=two, gradient=two)
     usual = Launch(BV, 4, 1 if wide else 3)
     carry = dataclasses.replace(usual, BV=min(BV, 32 if K > BK else most))
     whole = Launch(min(128, _power2(V)), 8, 1) if K > 2 * BK else Launch(BV, 4, 2)

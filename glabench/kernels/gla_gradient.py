@@ -124,20 +124,30 @@ def common_tile(
     """dq, dk and dg of one chunk that is not hard, with gates a channel or none."""
     TYPE: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = GATE == CHANNEL
+    EARLY: tl.constexpr = C > 64  # one program a multiprocessor: no other works while it waits for q, k and g
     rows = tl.arange(0, C)
     factor = 1.0 if GATED else scale  # with gates the scale is in q
+    if EARLY:
+        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+        if GATED:
+            gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
     dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, C, BK, BV, GATED, PRECISION)
-    x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
-    y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+    if not EARLY:
+        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
+        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
     if GATED:
         carried += tl.sum(y * dk, 0)
     part = (dA * factor).to(TYPE)
     dk = tl.dot(tl.trans(part), x, dk, input_precision=PRECISION)
     dq = tl.dot(part, y, dq * factor, input_precision=PRECISION)
     if GATED:
-        decay = centred(load_tile(g + token * K, rows, count, H * K, col, K, BK), C, PRECISION)
-        x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)  # again: held, they would spill
-        y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
+        if not EARLY:
+            gates = load_tile(g + token * K, rows, count, H * K, col, K, BK)
+        decay = centred(gates, C, PRECISION)
+        if not EARLY:
+            x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)  # again: held, they would spill
+            y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
         dg = x * dq - y * dk
         dg = tl.cumsum(dg, 0, reverse=True) if SCAN else sums_to_end(dg, C, TYPE, PRECISION)
         dg += carried[None, :]

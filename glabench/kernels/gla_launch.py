@@ -186,10 +186,15 @@ def scaled(
     reach = k.new_empty(chunks.total, H, blocks, dtype=torch.float32)
     scaled_q, scaled_k = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
     constants |= {"PACKED": chunks.table is not None, "SCORES": scores is not None}
-    constants |= {"SCAN": plan.scale.warps > 4, "PRECISION": precision(q.dtype)}
+    constants |= {"SCAN": sums_by_scans(plan.scale, plan.chunk), "PRECISION": precision(q.dtype)}
     tensors = (q, k, g, totals, reach, scaled_q, scaled_k, scores, chunks.table)
     launch(scale_kernel, H * chunks.total, tensors, (scale, T, chunks.each), constants, plan.scale)
     return Kept(None, totals, reach, scaled_q, scaled_k, scores)
+
+
+def sums_by_scans(tile: Launch, chunk: int) -> bool:
+    """Whether a launch sums over a chunk's tokens by scans: of products, warps share 16 rows or more each."""
+    return tile.warps > max(4, chunk // 16)
 
 
 def keeps_scores(q: Tensor, v: Tensor, gate: int) -> bool:
@@ -545,7 +550,7 @@ def run_gradient(q, k, v, g, do, kept, d_states, dq, dk, dg, chunks, *, scale, g
         "PACKED": chunks.table is not None,
         "PRECISION": precision(v.dtype),
         "HARD": hard,
-        "SCAN": tile.warps > 4,
+        "SCAN": sums_by_scans(tile, plan.chunk),
     }
     tensors = (q, k, v, g, do, kept.totals, kept.reach, kept.states, d_states, dq, dk, dg, chunks.table)
     pairs = H * chunks.total

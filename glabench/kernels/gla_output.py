@@ -85,14 +85,18 @@ def output_tile(
         out = tl.dot(x, tl.trans(state), out, input_precision=PRECISION)
         if not HARD and not SCORES:
             A = tl.dot(x, tl.trans(y), A, input_precision=PRECISION)
-    A = tl.where(allowed, A, 0.0)
+    # scores of long chunks go to their product as they are stored, which halves its registers; those of short
+    # ones by way of registers, since it is shared memory that bounds their programs
+    AS_STORED: tl.constexpr = SCORES and C > 64
+    if not AS_STORED:
+        A = tl.where(allowed, A, 0.0)
     to_out = 1.0 if REVERSE else scale
     if GATE == FIXED or GATE == HEAD:  # noqa: SIM109
         from_start, to_end, lost = head_decays(g, total, at, head, rows, count, GATE, C)
         to_here = to_end if REVERSE else from_start
         out *= (power2(to_here) * to_out)[:, None]
         A = decayed(A, to_here, lost, reach, at, scale, GATE, REVERSE, C)
-    else:
+    elif not AS_STORED:
         out *= to_out
         A *= scale
     value = load_tile(v + token * V, rows, count, H * V, vb * BV, V, BV).to(TYPE)

@@ -75,7 +75,7 @@ def _power_of_two(low: int, high: int) -> Callable[[int], bool]:
 ALLOWED: dict[str, tuple[Callable[[int], bool], str]] = {
     "d_k": (lambda n: 0 < n <= 512 and n % 16 == 0, "a multiple of 16 up to 512"),
     "d_v": (lambda n: 0 < n <= 512 and n % 16 == 0, "a multiple of 16 up to 512"),
-    "chunk": (_power_of_two(16, 256), "a power of two from 16 to 256"),
+    "chunk": (_power_of_two(16, 128), "a power of two from 16 to 128"),  # as gla_tiles.LEVELS allows
     "BK": (_power_of_two(16, 256), "a power of two from 16 to 256"),
     "BV": (_power_of_two(16, 512), "a power of two from 16 to 512"),
     "warps": (_power_of_two(1, 32), "a power of two up to 32"),

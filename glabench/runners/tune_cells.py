@@ -126,12 +126,13 @@ def _set_device(device: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _expected(key: str, use: str) -> list[torch.Tensor] | None:
-    """What the base plan's launch gives; None where that does not run on this device."""
+    """What the base plan's launch gives; None where that does not run on this device, or is not finite."""
     args = json.loads(key)
     with gla_configs.in_force(Point(*args["point"]), plan_from(args["base"])):
         uses = _uses(key, 0)
         try:
-            return [x.clone() for x in _outcome(uses[use])]
+            found = [x.clone() for x in _outcome(uses[use])]
+            return found if all(x.isfinite().all() for x in found) else None
         except torch.OutOfMemoryError:
             raise
         except Exception:  # noqa: BLE001  it is a variant like the others, and is told as one

@@ -13,7 +13,7 @@ USES = ("scale", "carry", "carry back", "carry alone", "wide")
 USES += ("state", "state back", "output", "output back", "gradient")
 MARGIN = 0.01  # of the time: a launch or plan that gains less is not told from noise
 RULE = "the rule"
-CHUNK, CARRY, WIDE = gla_configs.CHUNK, gla_configs.CARRY, gla_configs.WIDE
+CARRY, WIDE = gla_configs.CARRY, gla_configs.WIDE
 
 Variants = Mapping[int, Mapping[str, Sequence[Launch]]]  # chunk -> kernel -> launches
 
@@ -35,12 +35,16 @@ VARIANTS: Variants = {  # BV, warps, stages, registers; those that were once the
         gradient=[(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 1), (64, 8, 2, 128), (32, 8, 2, 128)],
     ),
     128: _launches(
-        scale=[(64, 4, 1), (64, 8, 1)],
+        scale=[(64, 4, 1), (64, 8, 1), (64, 8, 2), (64, 16, 1)],
         carry=_CARRY_128,
         carry_back=_CARRY_128,
-        state=[(64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
-        output=[(64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (64, 8, 3, 128), (128, 8, 2)],
-        gradient=[(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 8, 3)],
+        wide=[(32, 8, 1), (64, 8, 1), (64, 16, 1)],
+        state=[(64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3), (256, 8, 2)],
+        output=[
+            *((64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (64, 8, 3, 128)),
+            *((128, 8, 2), (128, 16, 2), (256, 8, 2), (256, 16, 2)),
+        ],
+        gradient=[(64, 8, 1), (64, 8, 2), (64, 8, 3), (64, 16, 2), (64, 16, 3), (32, 8, 2), (32, 8, 3)],
     ),
 }
 _WIDE = [(32, 4, 1), (32, 4, 2), (32, 8, 1), (64, 8, 1)]
@@ -102,8 +106,6 @@ def exists(use: str, point: Point, plan: Plan) -> bool:
 def trials(point: Point, variants: Variants) -> Iterator[Trial]:
     """Every launch to try at a point, the one in the base plan among them and first."""
     for chunk, kernels in variants.items():
-        if chunk > CHUNK and point.gate == GATES["gla_chunk"]:  # slower, and wrong: kernels/README.md
-            continue
         plan = gla_configs.rule(point, chunk)
         for use in USES:
             wanted = kernels.get(kernel_of(use), ())
