@@ -204,15 +204,18 @@ def _draw_series(axes: Any, series: Series) -> None:
 
 
 def _draw_guides(axes: Any, drawn: Sequence[Series], limits: tuple[float, float]) -> None:
-    """Grey lines that grow with T and T², bottom right, where growing arms leave room."""
+    """Grey lines that grow with T and T², bottom right, below the arms where those leave room."""
     last, tall = max(s.x[-1] for s in drawn), limits[1] / limits[0]
-    grow = min(4.0, tall**0.2)  # T² then takes two fifths of the height at most
     y0 = limits[0] * tall**0.04
-    for power, name in ((1, "∝ T"), (2, "∝ T²")):
+    least = min((y for s in drawn for x, y in zip(s.x, s.y, strict=True) if x == last and y == y), default=y0)
+    below = max(1.6, (least / y0 / 3) ** 0.5)  # room for a name
+    grow = min(4.0, tall**0.2, below)  # T² then takes two fifths of the height at most
+    right = {"xytext": (2, 0), "ha": "left", "va": "center"}
+    above = {"xytext": (-1, 2.5), "ha": "right", "va": "bottom"}  # right of it may be arms' names
+    for power, name, at in ((1, "∝ T", right), (2, "∝ T²", above)):
         y = y0 * grow**power
         axes.plot([last / grow, last], [y0, y], color="#c4c4c4", linewidth=1.4, zorder=1, label=name)
-        at = {"xytext": (2, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
-        axes.annotate(name, (last, y), color=GREY, zorder=1, **at)
+        axes.annotate(name, (last, y), color=GREY, zorder=1, textcoords="offset points", **at)
 
 
 def _draw_strip(page: Page, strip: Any, rows: list[tuple[Series, str]], edges: tuple[float, float]) -> None:
