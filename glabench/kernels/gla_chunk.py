@@ -8,6 +8,7 @@ forms the states in the backward pass.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
@@ -111,13 +112,15 @@ def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens,
             q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form == "recompute"
         )
         return o, final if output_final_state else None
-    args = (q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form)
-    return ChunkFunction.apply(*args)
+    how = (scale, gate, output_final_state, form)
+    return ChunkFunction.apply(q, k, v, g, initial_state, cu_seqlens, how)
 
 
 def is_traced(q: Tensor) -> bool:
-    """Whether a compiler or exporter looks on: the custom operator is opaque to it, but slower to call."""
-    return torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter)
+    """Whether a compiler, an exporter or a mode looks on: it sees an operator, which is slower to call."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return True
+    return is_in_torch_dispatch_mode()
 
 
 def check_call(gate, q, k, v, g, state, cu_seqlens, state_name="initial_state") -> None:
@@ -166,7 +169,8 @@ class ChunkFunction(torch.autograd.Function):
     """The operator without the dispatcher's cost: see chunk_op."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form):
+    def forward(ctx, q, k, v, g, initial_state, cu_seqlens, how):
+        scale, gate, output_final_state, form = how
         q, k, v, g, initial_state = (_packed(x) for x in (q, k, v, g, initial_state))
         keep = form == "materialised" or (form == "auto" and any(ctx.needs_input_grad))
         options = {"scale": scale, "gate": gate, "output_final_state": output_final_state, "keep": keep}
@@ -177,15 +181,18 @@ class ChunkFunction(torch.autograd.Function):
         return o, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, d_final):
-        q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
-        kept = None if kept[0] is None else Kept(*kept)
-        wants = initial_state is not None and ctx.needs_input_grad[4]
-        found = _backward(
-            do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, ctx.scale, ctx.gate, wants
-        )
-        return *found, None, None, None, None, None
+        # the decorator has work, and takes time, only where a graph of the gradients is asked for
+        find = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
+        return find(ctx, do, d_final)
+
+
+def _gradients(ctx, do, d_final):
+    q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+    kept = None if kept[0] is None else Kept(*kept)
+    wants = initial_state is not None and ctx.needs_input_grad[4]
+    found = _backward(do, d_final, q, k, v, g, initial_state, cu_seqlens, kept, ctx.scale, ctx.gate, wants)
+    return *found, None, None
 
 
 def _packed(x: Tensor | None) -> Tensor | None:
