@@ -2,6 +2,8 @@
 
 Usage: try_kernels.py [--limit 90] [--parts check time profile host sweep cold counted] [--shapes 340m fig2]
 
+host      microseconds until a call is enqueued, the first after a wait, with cold caches, and later ones:
+          forward, forward and backward, and a function that does nothing, which is autograd's part
 cold      a process's first forward and backward pass; with an empty TRITON_CACHE_DIR, one shape a process
 counted   one pass forward and backward and one forward alone, for `ncu --profile-from-start off`
 """
@@ -181,17 +183,47 @@ def timed(family, shape, T):
 
 def host(family, shape, T):
     """Microseconds the host takes to enqueue: the device is kept busy, and not waited for."""
-    _, both = prepared(family, shape, T)
-    both()
+    forward, both = prepared(family, shape, T)
+    leaf = torch.zeros(1, device="cuda", requires_grad=True)
+
+    def nothing():
+        return torch.autograd.grad(Nothing.apply(leaf, leaf, leaf, leaf), leaf, leaf.detach())
+
+    found = {}
+    for name, run in {"forward": forward, "enqueue": both, "autograd": nothing}.items():
+        for _ in range(4):  # played back from the third on
+            run()
+        times = [enqueued(run) for _ in range(20)]
+        found[f"{name}_us"] = round(statistics.median(first for first, *_ in times), 1)
+        found[f"{name}_again_us"] = round(statistics.median(t for _, *later in times for t in later), 1)
+    return {"status": "ok", **found}
+
+
+def enqueued(run, calls=4):
+    """Microseconds of each of some calls, one after the other, behind a spin."""
     torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)
     times = []
-    for _ in range(20):
-        torch.cuda._sleep(20_000_000)
+    for _ in range(calls):
         begin = time.perf_counter()
-        both()
+        run()
         times.append(1e6 * (time.perf_counter() - begin))
-        torch.cuda.synchronize()
-    return {"status": "ok", "enqueue_us": round(statistics.median(times), 1)}
+    return times
+
+
+class Nothing(torch.autograd.Function):
+    """What autograd costs with four inputs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """The first input."""
+        ctx.save_for_backward(*inputs)
+        return inputs[0].detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """What came, four times."""
+        return (grad,) * len(ctx.saved_tensors)
 
 
 def profiled(family, shape, T):

@@ -260,7 +260,7 @@ def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
 
 
 def _take_one(q, k, v, g, state, scale, gate) -> Tensor:
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     work = state if _has_plain_matrices(state) else state.contiguous()
     _run(q, k, v, g, o, work, work, None, scale=scale, gate=gate)
     if work is not state:
@@ -270,7 +270,7 @@ def _take_one(q, k, v, g, state, scale, gate) -> Tensor:
 
 def _take_all(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state):
     rows = gla_chunks.chunks_of(*q.shape[:2], cu_seqlens, CHUNK).rows  # with the bounds checked
-    o, final = torch.empty(v.shape, dtype=v.dtype, device=v.device), None
+    o, final = torch.empty_like(v, memory_format=torch.contiguous_format), None
     if output_final_state:
         final = q.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32)
     if initial_state is not None and not _has_plain_matrices(initial_state):

@@ -18,6 +18,7 @@ from glabench.kernels import ahead, gla_configs
 from glabench.kernels.plan_files import Launch
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once: the compiler cannot trace the look-up
+HERE = nullcontext()
 MOST = 512  # kinds of calls that are remembered: a model has few, but a prompt may have any length
 
 Tensors = Sequence[Tensor | None]
@@ -84,7 +85,7 @@ def _key(kernel, device: int, tensors: tuple, addresses: list, constants: dict, 
 
 
 def _on(device: int):
-    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
+    return HERE if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 # --- whole calls ------------------------------------------------------------------------------------------
