@@ -184,10 +184,11 @@ def timed(family, shape, T):
 def host(family, shape, T):
     """Microseconds the host takes to enqueue: the device is kept busy, and not waited for."""
     forward, both = prepared(family, shape, T)
-    leaf = torch.zeros(1, device="cuda", requires_grad=True)
+    leaves = [torch.zeros(1, device="cuda", requires_grad=True) for _ in range(4)]
+    grad = torch.zeros(1, device="cuda")
 
     def nothing():
-        return torch.autograd.grad(Nothing.apply(leaf, leaf, leaf, leaf), leaf, leaf.detach())
+        return torch.autograd.grad(Nothing.apply(*leaves), leaves, grad)
 
     found = {}
     for name, run in {"forward": forward, "enqueue": both, "autograd": nothing}.items():
