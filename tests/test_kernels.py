@@ -170,10 +170,13 @@ def test_every_kernel_of_every_gate_compiles_for_hopper_as_calls_launch_it(tmp_p
 
 def test_a_call_played_back_launches_what_it_did_when_it_was_planned(tmp_path):
     found = _run("played_calls.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(found) == 26
+    assert len(found) == 27
     for one in found:
         kind = one["kind"]
         assert one["played"] == one["planned"] and one["planned"]["launches"], kind
+        is_watched = kind.get("watched", False)
+        told = {tuple(grid[3:]) for _, grid, _ in one["played"]["launches"]}  # stream, metadata, hook
+        assert told == {(17, True, is_watched, is_watched)}, kind
         calls = 2 if kind["keep"] else 3
         assert one["tapes"] == (calls if kind["aligned"] else 0), kind
 
