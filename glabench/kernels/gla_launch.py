@@ -119,14 +119,15 @@ def carrier_of(q: Tensor, v: Tensor, gate: int, chunks: Chunks, *, keep: bool) -
 
     `keep`: the states are stored; so they are in a backward pass.
     """
+    plan, least = _plan(q, v, gate), CARRY_PROGRAMS * multiprocessors(q.device)
     for carrier in carriers(q, v, gate, keep=keep):
         if carrier == WIDE:  # never in segments: it gains less than their first states cost
-            programs = _programs(wide_tile(q, v, gate, chunks.rows), v, chunks.rows)
-            programs *= shared_memory(q.device) >= WIDE_BYTES
+            programs = _programs(plan.wide, v, chunks.rows) * (shared_memory(q.device) >= WIDE_BYTES)
+            fit = 2 if plan.wide.warps == 4 else 1  # on a multiprocessor, and both are needed
         else:
-            programs = _programs(_plan(q, v, gate).carry, v, chunks.rows)
+            programs, fit = _programs(plan.carry, v, chunks.rows), 1
             programs *= segments_of(programs, chunks, q.device)
-        if programs >= CARRY_PROGRAMS * multiprocessors(q.device):
+        if programs >= fit * least:
             return carrier
     return None
 
@@ -139,20 +140,6 @@ def carriers(q: Tensor, v: Tensor, gate: int, *, keep: bool) -> tuple[str, ...]:
 def _programs(tile: Launch, v: Tensor, rows: int) -> int:
     """Programs of a kernel that carries a whole head's state, for so many rows."""
     return -(-v.shape[3] // tile.BV) * v.shape[2] * rows
-
-
-def wide_tile(q: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
-    """The plan's, or half of it where that leaves few programs: two of four warps fit on a multiprocessor."""
-    tile = _plan(q, v, gate).wide
-    if tile.warps == 4 and _programs(tile, v, rows) < FEW_PROGRAMS * multiprocessors(q.device):
-        return _narrower(tile)
-    return tile
-
-
-@functools.cache
-def _narrower(tile: Launch) -> Launch:
-    """Half as wide, in four warps; not below 32."""
-    return dataclasses.replace(tile, BV=max(tile.BV // 2, min(tile.BV, 32)), warps=4)
 
 
 def scaled(
@@ -414,7 +401,7 @@ def run_carry(q, k, v, g, kept, states, o, first, last, cu_seqlens, chunks, *, s
 
 def run_wide(q, k, v, g, kept, o, first, last, cu_seqlens, chunks, *, scale, gate) -> None:
     """Fill `o` and `last` from `first` and kept scores."""
-    tile = wide_tile(k, v, gate, chunks.rows)
+    tile = _plan(k, v, gate).wide
     constants = {
         **_whole_heads(k, v, gate, tile),
         "PACKED": cu_seqlens is not None,
@@ -458,7 +445,12 @@ def state_tile(k: Tensor, v: Tensor, gate: int, rows: int) -> Launch:
     """The plan's, or half of one wider than 64, in four warps, where that leaves few programs."""
     tile = _plan(k, v, gate).state
     few = FEW_PROGRAMS * multiprocessors(k.device)
-    return _narrower(tile) if tile.BV > 64 and _state_programs(tile, k, v, gate, rows) < few else tile
+    return _half(tile) if tile.BV > 64 and _state_programs(tile, k, v, gate, rows) < few else tile
+
+
+@functools.cache
+def _half(tile: Launch) -> Launch:
+    return dataclasses.replace(tile, BV=tile.BV // 2, warps=4)
 
 
 def _state_programs(tile: Launch, k: Tensor, v: Tensor, gate: int, rows: int) -> int:
