@@ -47,9 +47,11 @@ class Site:
         self.fused = bool(self.gpus) and not args.plain
 
     def _gpus(self) -> list[str]:
-        """Their indices; none on a CPU."""
+        """Their indices, those of CUDA_VISIBLE_DEVICES where it is set; none on a CPU."""
         if self.args.device == "cpu" or not shutil.which("nvidia-smi"):
             return []
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            return visible.split(",")  # nvidia-smi lists them all
         listed = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, check=False).stdout
         return [str(n) for n in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
