@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -66,19 +67,27 @@ def test_every_fused_operation_gives_the_plain_loss_and_gradients(family):
     model = catalog.build(f"{family}-8m").cuda().train()
     ids = torch.randint(32000, (2, 128), device="cuda")
 
-    def step():
+    def step(narrow):
         model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    plain, wanted = step()
+    loss, wanted = step(narrow=False)
+
+    def errors(gradients):
+        return [difference(gradients[name], g) for name, g in wanted.items()]
+
+    _, plain = step(narrow=True)
     replaced = fused.fuse(model)
-    mine, found = step()
     assert {"rms_norm", "linear_cross_entropy"} <= set(replaced)
     assert ("rotary" in replaced) == (family == "transformer")
     assert ("norm_gate" in replaced) == (family in ("gla", "retnet"))
     assert ("log_gate" in replaced) == (family == "gla")
-    assert abs(mine - plain) < 0.01
-    assert max(difference(found[name], g) for name, g in wanted.items()) < 0.1  # bf16 through four layers
+    mine, found = step(narrow=False)
+    assert abs(mine - loss) < 1e-4 and max(errors(found)) < 1e-3
+    # in bf16, norms of heads that are near 0 give some gradients of a new model half their size in error
+    mine, found = step(narrow=True)
+    assert abs(mine - loss) < 0.01
+    assert statistics.median(errors(found)) < 1.5 * statistics.median(errors(plain))
