@@ -12,14 +12,19 @@ from glabench.figures import style
 HEADER = "step,tokens,loss,lr,grad_norm,tokens_per_s,peak_mem_mib,valid_loss"
 
 
-def made_run(folder, model, loss, steps=120, tail=""):
+def made_run(folder, model, loss, steps=120, tail="", of=None):
     folder.mkdir(parents=True)
     lines = [
         f"{n},{n * 100},{loss + 1 / n!r},0.1,1.0,5.0,9.0,{loss if n % 60 == 0 else ''}"
         for n in range(1, steps + 1)
     ]
     (folder / "metrics.csv").write_text("\n".join([HEADER, *lines]) + "\n" + tail)
-    identity = {"model": {"name": model}, "seed": 3, "data": "0123456789abcdef"}
+    identity = {
+        "model": {"name": model},
+        "train": {"steps": of or steps},
+        "seed": 3,
+        "data": "0123456789abcdef",
+    }
     (folder / "train.json").write_text(json.dumps({"identity": identity, "runs": [{"device": "a machine"}]}))
 
 
@@ -64,6 +69,22 @@ def test_the_report_has_a_figure_of_every_run_and_draws_it_the_same_again(tmp_pa
     for name in ("loss.svg", "loss.png"):
         first, second = (tmp_path / out / "training" / name for out in ("out", "again"))
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+
+
+def test_runs_of_several_folders_have_a_figure_each(tmp_path):
+    for name in ("main/gla", "tune/gla", "main/retnet"):
+        made_run(tmp_path / "results" / name, "gla-tiny", 2.0)
+    page = report.build(tmp_path / "results", tmp_path / "out").read_text()
+    assert page.count('alt="Loss against tokens"') == 2
+    assert "<h2>Training: main</h2>" in page and "<h2>Training: tune</h2>" in page
+    assert {p.parent.name for p in (tmp_path / "out").rglob("loss.svg")} == {"main", "tune"}
+
+
+def test_a_run_that_was_cut_off_says_so(tmp_path):
+    made_run(tmp_path / "a", "gla-tiny", 2.0, steps=60, of=1000)
+    made_run(tmp_path / "b", "gla-tiny", 2.0)
+    notes = [figure_losses.load(tmp_path / name, tmp_path).note for name in "ab"]
+    assert notes[0].endswith("; 60 of 1,000 steps") and "steps" not in notes[1]
 
 
 def test_a_run_that_cannot_be_read_is_named(tmp_path):

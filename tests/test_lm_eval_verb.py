@@ -214,6 +214,18 @@ def test_the_difference_from_the_paper_and_whether_it_is_noise():
     assert difference["model"] == "difference" and ours["average"] == ""
 
 
+def test_of_a_checkpoint_that_went_on_training_the_tables_have_the_later_weights():
+    early, late = (
+        row("piqa", "acc", value, 0.01, checkpoint_digest=d) for d, value in (("a", 0.5), ("b", 0.6))
+    )
+    (sheet,) = paper_tables.sheets([early, late])
+    assert [line[4] for line in sheet.lines] == ["60.00 ± 1.00", "64.80", "-4.80"]
+    assert sum("earlier weights" in note for note in paper_tables.notes([early, late])) == 1
+    assert not any("earlier weights" in note for note in paper_tables.notes([late]))
+    other = row("piqa", "acc", 0.5, 0.01, checkpoint="another", checkpoint_digest="a")
+    assert len(paper_tables.sheets([other, late])[0].lines) == 6
+
+
 def test_other_sizes_families_and_subsets_are_told_apart():
     small = row("piqa", "acc", 0.64, 0.01, parameters=30_000_000, subset="yes")
     (sheet,) = paper_tables.sheets([small])

@@ -150,7 +150,7 @@ def prepare(site: Site) -> bool:
 
 
 def settings(site: Site, tokens: int, lr: float, segments: int = 1) -> dict:
-    """[train] for a budget: warm-up over a twentieth, decay to a tenth, twelve evaluations.
+    """[train] for a budget: warm-up of a hundred steps or a twentieth, decay to a tenth, twelve evaluations.
 
     The batch is --batch-tokens, or the nearest whole number of sequences to it.
     """
@@ -160,7 +160,7 @@ def settings(site: Site, tokens: int, lr: float, segments: int = 1) -> dict:
     every = max(1, steps // 12)
     return {
         "steps": steps, "batch_tokens": batch, "seqlen": args.seqlen, "segments": segments,
-        "warmup_steps": min(steps - 1, max(1, steps // 20)), "lr": lr, "lr_end": lr / 10,
+        "warmup_steps": max(1, steps // 20, min(100, steps // 4)), "lr": lr, "lr_end": lr / 10,
         "weight_decay": 0.01, "micro_batch": args.micro_batch, "eval_every": every, "save_every": 2 * every,
         "keep": 1, "fused": site.fused, "compile": args.compile,
     }  # fmt: skip

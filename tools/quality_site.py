@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-GRACE_S = 45.0  # from the notice to a training run's checkpoint on disk
+GRACE_S = 20.0  # from the notice to a training run's checkpoint on disk
 
 
 def say(text: str) -> None:

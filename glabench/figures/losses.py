@@ -33,6 +33,17 @@ def find(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.rglob(METRICS) if (p.parent / IDENTITY).is_file())
 
 
+def together(folder: Path) -> list[tuple[Path, list[Path]]]:
+    """The folders of runs that lie beside each other, which share a figure, with their place in `folder`."""
+    found = find(folder)
+    if found == [folder]:
+        return [(Path(), found)]
+    groups: dict[Path, list[Path]] = {}
+    for place in found:
+        groups.setdefault(place.parent.relative_to(folder), []).append(place)
+    return list(groups.items())
+
+
 def load(place: Path, folder: Path) -> Run:
     """Read a run; a last line that is still being written is left out. Raises: ResultsError."""
     try:
@@ -46,6 +57,8 @@ def load(place: Path, folder: Path) -> Run:
         valid = [(int(r["tokens"]), float(r["valid_loss"])) for r in rows if r["valid_loss"]]
         model = identity["model"]
         note = f"seed {identity['seed']}, data {identity['data'][:12]}, {started['device']}"
+        wanted, done = identity["train"]["steps"], int(rows[-1]["step"]) if rows else 0
+        note += "" if done == wanted else f"; {done:,} of {wanted:,} steps"
     except (OSError, ValueError, KeyError, IndexError, TypeError) as err:
         raise ResultsError(
             f"cannot read the run: {err}", where=str(place), fix="take the folder away, or mend it"

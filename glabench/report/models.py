@@ -17,11 +17,13 @@ from glabench.results import folders_with
 
 def sections(folder: Path, out: Path, taken: set[Path]) -> Iterator[tuple[Path, str]]:
     """(place, section) of everything below `folder` that is about models, its pictures drawn into `out`."""
-    runs = [run for place in figure_losses.find(folder) if (run := figure_losses.load(place, folder)).train]
-    if runs:
-        place = free(Path("training"), taken)
-        picture = figure(figure_losses.draw(runs, out / place))
-        yield place, f'<section id="{anchor(place)}">\n<h2>Training</h2>{picture}</section>'
+    for beside, found in figure_losses.together(folder):
+        runs = [run for place in found if (run := figure_losses.load(place, folder / beside)).train]
+        if runs:
+            place = free(beside if beside.parts else Path("training"), taken)
+            picture = figure(figure_losses.draw(runs, out / place))
+            title = f"Training: {beside}" if beside.parts else "Training"
+            yield place, f'<section id="{anchor(place)}">\n<h2>{text(title)}</h2>{picture}</section>'
     for found in folders_with(folder, figure_throughput.FILE):
         for part in figure_throughput.load(found):
             place = free(part.place(), taken)

@@ -49,8 +49,12 @@ def published() -> dict[str, list[Published]]:
 
 
 def sheets(rows: Sequence[ScoreRow]) -> list[Sheet]:
-    """The tables that hold a task of the rows'. Table 5 repeats Table 2 and is drawn where it adds to it."""
-    made = []
+    """The tables that hold a task of the rows'. Table 5 repeats Table 2 and is drawn where it adds to it.
+
+    Of a checkpoint that went on training under its name, the later weights'.
+    """
+    made, newest = [], _newest(rows)
+    rows = [r for r in rows if r.checkpoint_digest == newest[_named(r)]]
     for table, lines in published().items():
         shots = 5 if table.endswith("5-shot") else 0
         columns = list(max((line.values for line in lines), key=len))
@@ -61,6 +65,15 @@ def sheets(rows: Sequence[ScoreRow]) -> list[Sheet]:
         if wanted:
             made.append(_sheet(table, columns, lines, _fitting(rows, shots)))
     return made
+
+
+def _named(row: ScoreRow) -> tuple[str, ...]:
+    return row.device, row.checkpoint, row.dtype
+
+
+def _newest(rows: Iterable[ScoreRow]) -> dict[tuple[str, ...], str]:
+    """The digest of the weights that were scored last, by checkpoint."""
+    return {_named(r): r.checkpoint_digest for r in rows}
 
 
 def transposed(sheet: Sheet) -> Sheet:
@@ -79,8 +92,8 @@ def _fitting(rows: Iterable[ScoreRow], shots: int) -> list[ScoreRow]:
 
 def _sheet(table: str, columns: list[Key], lines: list[Published], rows: list[ScoreRow]) -> Sheet:
     body: list[tuple[str, ...]] = []
-    for name in dict.fromkeys((r.device, r.checkpoint, r.checkpoint_digest, r.dtype) for r in rows):
-        mine = [r for r in rows if (r.device, r.checkpoint, r.checkpoint_digest, r.dtype) == name]
+    for name in dict.fromkeys(map(_named, rows)):
+        mine = [r for r in rows if _named(r) == name]
         cells = {(r.task, r.metric): r for r in mine}
         if not cells.keys() & set(columns):
             continue
@@ -174,6 +187,9 @@ def notes(rows: Sequence[ScoreRow]) -> list[str]:
     ]
     if any(r.subset == "yes" for r in rows):
         said.append("* fewer documents than the published split: not comparable.")
+    newest = _newest(rows)
+    for name in dict.fromkeys(r.checkpoint for r in rows if r.checkpoint_digest != newest[_named(r)]):
+        said.append(f"{name}: earlier weights of that name were scored too; the tables have the later ones'.")
     return said + _speedups(rows)
 
 
@@ -201,6 +217,7 @@ def scores(rows: Sequence[ScoreRow]) -> Sheet:
     """Every row, failures with their reason."""
     headings = (
         "checkpoint",
+        "weights",
         "task",
         "shots",
         "metric",
@@ -214,6 +231,7 @@ def scores(rows: Sequence[ScoreRow]) -> Sheet:
     lines = [
         (
             r.checkpoint,
+            r.checkpoint_digest,
             r.task,
             str(r.num_fewshot),
             r.metric,
