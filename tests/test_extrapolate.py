@@ -1,8 +1,11 @@
 """`glabench extrapolate` end to end on the CPU: rows, intervals, resuming, and what it refuses."""
 
+import csv
+import itertools
 import json
 import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from tolerances import PIECES
 from training_calls import SAMPLE
 from transformers.cache_utils import Cache
 
-from glabench.quality import scoring
+from glabench.quality import repeats, scoring
 from glabench.quality.intervals import bootstrap
 
 # older versions of transformers keep no state of Mamba to go on from
@@ -89,6 +92,39 @@ def test_rows_follow_from_the_losses_of_the_documents(measured):
         assert float(row["bits_per_byte"]) == pytest.approx(nats.sum() / 512 / math.log(2), rel=1e-12)
         ((low, high),) = bootstrap(nats, [256, 256])
         assert (float(row["ppl_lo"]), float(row["ppl_hi"])) == pytest.approx((math.exp(low), math.exp(high)))
+
+
+def test_repeated_and_other_tokens_make_up_each_bucket(measured):
+    out, _ = measured
+    with (out / "repeats.csv").open(newline="") as file:
+        parts = list(csv.DictReader(file))
+    for row in rows(out):
+        same = ("impl", "protocol", "bucket")
+        mine = {p["kind"]: p for p in parts if [p[n] for n in same] == [row[n] for n in same]}
+        assert list(mine) == ["repeated", "other"]
+        counts = [int(p["n_tokens"]) for p in mine.values()]
+        assert sum(counts) == 512 and min(counts) > 0
+        total = sum(n * float(p["nll_nats"]) for n, p in zip(counts, mine.values(), strict=True))
+        assert total == pytest.approx(512 * float(row["nll_nats"]), rel=1e-12)
+
+
+def test_a_repeated_token_ends_a_pair_that_stood_once_before():
+    ids = np.random.default_rng(3).integers(0, 9, 700).astype(np.uint16)
+    seen, wanted = Counter(), [False]
+    for pair in itertools.pairwise(ids.tolist()):
+        wanted.append(seen[pair] == 1)
+        seen[pair] += 1
+    assert repeats.is_repeated(ids).tolist() == wanted and 50 < sum(wanted) < 150
+    assert repeats.is_repeated(ids[:1]).tolist() == [False] and repeats.is_repeated(ids[:0]).tolist() == []
+
+
+def test_losses_of_repeated_tokens_are_theirs():
+    ids = np.array([5, 6, 5, 6, 7, 5, 6, 7])  # 5 6 comes three times, 6 7 and 7 5 once more or never
+    nats = np.arange(8.0)
+    found = repeats.sums(nats, ids, 4)
+    assert found == {"repeated_nats": [3.0, 7.0], "repeated_tokens": [1, 1]}
+    nats[7] = np.nan
+    assert repeats.sums(nats, ids, 4)["repeated_nats"] == [3.0, None]
 
 
 def test_passing_the_state_changes_the_second_document_and_not_the_first(measured):

@@ -1,5 +1,6 @@
 """Perplexity against position, from extrapolate.csv alone."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from glabench import report
 from glabench.errors import ResultsError
 from glabench.figures import extrapolate as figure
-from glabench.quality.extrapolate_rows import FILE, ExtrapolateRow
+from glabench.quality.extrapolate_rows import FILE, REPEATS, ExtrapolateRow, RepeatRow
 from glabench.results import RowFile
 
 KEYS = {"verb": "extrapolate", "suite": "extrapolate", "impl_version": "0", "device": "cpu", "env": "e"}
@@ -97,6 +98,25 @@ def test_the_report_has_it_and_draws_it_the_same_again(tmp_path):
     for name in ("extrapolate_books_2048.svg", "extrapolate_books_2048.png"):
         first, second = (tmp_path / o / "extrapolate/books_2048" / name for o in ("out", "again"))
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+
+
+def test_losses_on_repeated_tokens_are_told_of_the_first_and_last_bucket(tmp_path):
+    place = tmp_path / "in" / "extrapolate" / "cpu"
+    write(place, CURVES)
+    assert "Loss on tokens seen before" not in report.build(tmp_path / "in", tmp_path / "before").read_text()
+    file = RowFile(place / REPEATS, RepeatRow)
+    for bucket, kind in itertools.product((1, 2, 3), ("repeated", "other")):
+        fields = {**KEYS, "impl": "gla", "family": "gla", "protocol": "document", "tokenizer": "mistral"}
+        fields |= {"bucket": bucket, "bucket_tokens": 2048, "case": f"{bucket}{kind}", "kind": kind}
+        nats = bucket + (kind == "other") / 4
+        file.append(RepeatRow(**fields, nll_nats=nats, n_tokens=1000 * bucket))
+    (sheet,) = figure.sheets(place, figure.load(place))
+    lines = figure.repeat_rows(sheet, figure.load_repeats(place))
+    assert lines == [
+        ["gla", "whole context", "2k", "1.000", "1,000", "1.250", "1,000"],
+        ["gla", "whole context", "6k", "3.000", "3,000", "3.250", "3,000"],
+    ]
+    assert "Loss on tokens seen before" in report.build(tmp_path / "in", tmp_path / "out").read_text()
 
 
 def test_drawing_needs_no_torch():

@@ -28,6 +28,7 @@ HEAVY_FILES = {
     "corpus/tokenizer",
     "quality/documents",
     "quality/intervals",
+    "quality/repeats",
     "quality/loading",
     "quality/scoring",
     "quality/mqar",

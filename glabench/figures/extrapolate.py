@@ -10,7 +10,7 @@ from glabench import paper
 from glabench.figures import style as fs
 from glabench.figures.panels import NAME_GAP_PT, Footer, Page, Series, draw_names
 from glabench.figures.rows import device_name, runs_of, slug, typed
-from glabench.quality.extrapolate_rows import FILE, ExtrapolateRow
+from glabench.quality.extrapolate_rows import FILE, REPEATS, BucketRow, ExtrapolateRow, RepeatRow
 from glabench.results import read_rows
 
 PUBLISHED_BUCKET = 2048  # the paper's; beside other buckets its numbers would mislead
@@ -19,6 +19,8 @@ FAMILY_OF = {"Transformer++": "attention", "RetNet": "retention", "Mamba": "mamb
 CUT = 2.0  # times a panel's least value: lines that rise above it leave the frame, as in the paper's figure
 HEADINGS = ("checkpoint", "context", ">to position", "status", ">perplexity", ">95% interval", ">bits/byte")
 HEADINGS += (">documents", "reason")
+REPEAT_HEADINGS = ("checkpoint", "context", ">to position", ">nats a repeated token", ">tokens")
+REPEAT_HEADINGS += (">nats another token", ">tokens")
 HEAD_PT, PANEL_PT, SMALL_PT, GAP_PT = 36.0, 190.0, 120.0, 24.0
 
 
@@ -53,14 +55,25 @@ def find(folder: Path) -> list[Path]:
 
 def load(place: Path) -> list[ExtrapolateRow]:
     """The rows of each line's last run, the latest of each cell. Raises: ResultsError."""
-    rows = [typed(ExtrapolateRow, r) for r in read_rows(place / FILE, ExtrapolateRow)]
+    return _latest([typed(ExtrapolateRow, r) for r in read_rows(place / FILE, ExtrapolateRow)])
+
+
+def load_repeats(place: Path) -> list[RepeatRow]:
+    """As load, of the parts of each bucket; none in a folder of an earlier version."""
+    if not (place / REPEATS).is_file():
+        return []
+    return _latest([typed(RepeatRow, r) for r in read_rows(place / REPEATS, RepeatRow)])
+
+
+def _latest(rows: list[Any]) -> list[Any]:
     last: dict[tuple, int] = {}
     for r in rows:
         last[_arm(r)] = max(r.replicate, last.get(_arm(r), 0))
-    return list({(_arm(r), r.bucket): r for r in rows if r.replicate == last[_arm(r)]}.values())
+    kept = (r for r in rows if r.replicate == last[_arm(r)])
+    return list({(_arm(r), r.bucket, getattr(r, "kind", "")): r for r in kept}.values())
 
 
-def _arm(row: ExtrapolateRow) -> tuple:
+def _arm(row: BucketRow) -> tuple:
     return row.device, row.dataset, row.bucket_tokens, row.impl, row.protocol
 
 
@@ -170,6 +183,30 @@ def table_rows(sheet: Sheet) -> list[list[str]]:
         point += [interval(r.ppl_lo, r.ppl_hi), digits(r.bits_per_byte), str(r.n_docs), r.reason]
         lines.append(point)
     return lines
+
+
+def repeat_rows(sheet: Sheet, repeats: Sequence[RepeatRow]) -> list[list[str]]:
+    """The cells under REPEAT_HEADINGS: each line's first and last bucket."""
+    cells: dict[tuple, dict[str, RepeatRow]] = {}
+    for r in repeats:
+        cells.setdefault((_arm(r), r.bucket), {})[r.kind] = r
+    arms = {_arm(r): r for r in sheet.rows}
+    lines = []
+    for arm, row in arms.items():
+        buckets = sorted(b for a, b in cells if a == arm)
+        for bucket in dict.fromkeys([*buckets[:1], *buckets[-1:]]):
+            found = [cells[arm, bucket].get(kind) for kind in ("repeated", "other")]
+            end = fs.tokens_text(bucket * row.bucket_tokens)
+            words = (w for r in found for w in (_nats(r), f"{r.n_tokens:,}" if r else ""))
+            lines.append([row.impl, _protocol(row), end, *words])
+    return lines
+
+
+def _nats(row: RepeatRow | None) -> str:
+    if row is None or row.nll_nats is None:
+        return ""
+    ends = "" if row.nll_lo_nats is None else f" ({row.nll_lo_nats:.3f} to {row.nll_hi_nats:.3f})"
+    return f"{row.nll_nats:.3f}{ends}"
 
 
 def draw(sheet: Sheet, out: Path) -> list[Path]:

@@ -11,20 +11,19 @@ from glabench.results import append_whole, cut_torn_line
 from glabench.rows import Row
 
 VERB, FILE, DOCUMENTS = "extrapolate", "extrapolate.csv", "documents.jsonl"
+REPEATS = "repeats.csv"
 Protocol = Literal["document", "state_passing", "sliding"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtrapolateRow(Row):
-    """One bucket of positions of one checkpoint under one protocol, over all documents.
+class BucketRow(Row):
+    """What is known of one bucket of positions of one checkpoint under one protocol, over all documents.
 
     `impl` is the checkpoint's name and `impl_version` the digest of its weights. Bucket b holds the predicted
     positions (b - 1) bucket_tokens up to b bucket_tokens - 1, counted from 0. Intervals are of the mean over
     documents, 95%.
     """
-
-    MEASURED: ClassVar[str] = "ppl"
 
     params: int
     train_len: int | None = None
@@ -39,6 +38,19 @@ class ExtrapolateRow(Row):
     stride: int | None = None
     piece: int | None = None
     dtype: str
+
+    @property
+    def end(self) -> int:
+        """Where the bucket ends, in tokens: its place on the figure's axis."""
+        return self.bucket * self.bucket_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtrapolateRow(BucketRow):
+    """A bucket's perplexity."""
+
+    MEASURED: ClassVar[str] = "ppl"
+
     nll_nats: float | None = None
     ppl: float | None = None
     ppl_lo: float | None = None
@@ -50,10 +62,19 @@ class ExtrapolateRow(Row):
     n_tokens: int | None = None
     n_bytes: int | None = None
 
-    @property
-    def end(self) -> int:
-        """Where the bucket ends, in tokens: its place on the figure's axis."""
-        return self.bucket * self.bucket_tokens
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepeatRow(BucketRow):
+    """The part of a bucket's loss that lies on tokens of one `kind`: see glabench.quality.repeats."""
+
+    MEASURED: ClassVar[str] = "nll_nats"
+
+    kind: str
+    nll_nats: float | None = None
+    nll_lo_nats: float | None = None
+    nll_hi_nats: float | None = None
+    n_docs: int
+    n_tokens: int | None = None
 
 
 class DocumentFile:

@@ -63,14 +63,24 @@ def _throughput(part: Results, place: Path, pictures: Sequence[Path]) -> str:
 
 def _extrapolations(found: Path, out: Path, taken: set[Path]) -> Iterator[tuple[Path, str]]:
     """A section a figure of `glabench extrapolate`: the figure, then every row."""
-    rows = figure_extrapolate.load(found)
+    rows, repeats = figure_extrapolate.load(found), figure_extrapolate.load_repeats(found)
     for sheet in figure_extrapolate.sheets(found, rows):
         place = free(Path("extrapolate") / sheet.name, taken)
         picture = figure(figure_extrapolate.draw(sheet, out / place)[0])
         lines = figure_extrapolate.table_rows(sheet)
         body = f"<details><summary>Every row</summary>{table(figure_extrapolate.HEADINGS, lines)}</details>"
         heading = f"<h2>Length extrapolation: {text(sheet.title)}</h2>"
-        yield place, f'<section id="{anchor(place)}">\n{heading}{picture}{body}</section>'
+        parts = _repeats(figure_extrapolate.repeat_rows(sheet, repeats))
+        yield place, f'<section id="{anchor(place)}">\n{heading}{picture}{parts}{body}</section>'
+
+
+def _repeats(lines: Sequence[Sequence[str]]) -> str:
+    """What recall from the context is worth to each line."""
+    if not lines:
+        return ""
+    note = "A repeated token ends a pair of tokens that stood exactly once before in its document."
+    whole = table(figure_extrapolate.REPEAT_HEADINGS, lines)
+    return f'<h3>Loss on tokens seen before</h3><p class="soft">{note}</p>{whole}'
 
 
 def _recall(found: Path, rows: Sequence[dict[str, Any]], place: Path, pictures: Sequence[Path]) -> str:

@@ -11,7 +11,15 @@ from glabench import cases, env, tables
 from glabench.errors import UnavailableError, UsageError
 from glabench.installed import INSTALL, is_installed
 from glabench.meter import meter
-from glabench.quality.extrapolate_rows import DOCUMENTS, FILE, VERB, DocumentFile, ExtrapolateRow
+from glabench.quality.extrapolate_rows import (
+    DOCUMENTS,
+    FILE,
+    REPEATS,
+    VERB,
+    DocumentFile,
+    ExtrapolateRow,
+    RepeatRow,
+)
 from glabench.results import RowFile
 from glabench.rows import BAD
 from glabench.worker import classify
@@ -126,8 +134,9 @@ class Evaluation:
         self.slug = env.device_slug(env.gpu_name(self.device))
         self.out = self.request.out or Path("results") / VERB / self.slug
         self.rows = RowFile(self.out / FILE, ExtrapolateRow)
+        self.repeats = RowFile(self.out / REPEATS, RepeatRow)
         self.documents = DocumentFile(self.out / DOCUMENTS)
-        for file in (self.rows, self.documents):
+        for file in (self.rows, self.repeats, self.documents):
             if file.repaired:
                 self.say(f"{file.path.name}: cut a torn last line ({file.repaired!r}); it runs again")
         env.read_runs(self.out)
@@ -234,6 +243,8 @@ class Arm:
         self.common["wall_s"] = round(time.perf_counter() - started, 3)
         intervals = _intervals(records)
         for bucket in wanted:
+            for repeat in self._repeats(bucket, records, failure):
+                self.parent.repeats.append(repeat)
             self.parent.rows.append(self._row(bucket, records, intervals, failure))
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -268,6 +279,8 @@ class Arm:
     def _record(self, document: Any, nats: Any, wall_s: float) -> dict[str, Any]:
         import numpy as np
 
+        from glabench.quality import repeats
+
         parts = nats.astype(np.float64).reshape(-1, self.request.bucket).sum(1)
         bad = np.flatnonzero(~np.isfinite(nats))
         return {
@@ -279,6 +292,7 @@ class Arm:
             "bucket_tokens": self.request.bucket,
             "nats": [float(x) if math.isfinite(x) else None for x in parts],
             "bytes": document.bytes[: len(parts)],
+            **repeats.sums(nats, document.ids[: len(nats)], self.request.bucket),
             "first_bad": int(bad[0]) if len(bad) else None,
             "wall_s": round(wall_s, 3),
         }
@@ -313,6 +327,22 @@ class Arm:
             n_tokens=size * len(records),
             n_bytes=width,
         )
+
+    def _repeats(
+        self, bucket: int, records: list[dict[str, Any]], failure: tuple[str, str] | None
+    ) -> Iterator[RepeatRow]:
+        """Of a bucket that has a perplexity, a row each for the tokens seen before and for the others."""
+        from glabench.quality import repeats
+
+        if failure or self._failed(bucket, records) or not all("repeated_nats" in r for r in records):
+            return  # documents of an earlier version are not told apart
+        for kind, mean, interval, tokens in repeats.means(bucket, records):
+            fields = self._key_fields(bucket)
+            fields["case"] = env.digest({"case": fields["case"], "kind": kind})
+            low, high = interval or (None, None)
+            measured = {"nll_nats": mean, "nll_lo_nats": low, "nll_hi_nats": high, "n_tokens": tokens}
+            if RowFile.key(fields) not in self.parent.repeats.settled(self.parent.replicate):
+                yield RepeatRow(**fields, kind=kind, **measured)
 
     def _failed(self, bucket: int, records: list[dict[str, Any]]) -> tuple[str, str] | None:
         if bucket * self.request.bucket > self.tokens:
