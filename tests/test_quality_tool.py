@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from glabench.models import catalog
+from glabench.models import catalog, checkpoints
 from glabench.training import settings
 
 ROOT = Path(__file__).parents[1]
@@ -94,16 +96,30 @@ def test_a_run_is_finished_when_its_last_step_was_evaluated(quality, site):
 
 def test_what_is_packed_has_the_curves_and_no_weights(quality, site):
     trained(quality, site, "main-gla", "gla-30m", 1e-3, 3.5)
-    kept = checkpoint(site, "main-gla", 2)
-    (kept / "model.safetensors").write_bytes(b"x")
-    for weights in (False, True):
-        site.args.weights = weights
-        quality.pack(site)
-        with tarfile.open(site.args.out / "quality.tar.gz") as tar:
-            names = tar.getnames()
-        assert {"summary.csv", "runs/main-gla/metrics.csv", "runs/main-gla/train.json"} <= set(names)
-        assert ("runs/main-gla/checkpoints/step-00000002/model.safetensors" in names) == weights
+    (checkpoint(site, "main-gla", 2) / "model.safetensors").write_bytes(b"x")
+    quality.pack(site)
+    with tarfile.open(site.args.out / "quality.tar.gz") as tar:
+        names = tar.getnames()
+    assert {"summary.csv", "runs/main-gla/metrics.csv", "runs/main-gla/train.json"} <= set(names)
+    assert not any("checkpoint" in name for name in names) and not list(site.args.out.glob("*.tar.0*"))
     assert "main-gla,gla-30m,0,0.001,2,2,20,3.5,4.50000,5" in (site.args.site / "summary.csv").read_text()
+
+
+def test_weights_come_back_in_parts_that_make_a_checkpoint_again(quality, site, tmp_path, monkeypatch):
+    model = catalog.build("gla-tiny")
+    model.save_pretrained(checkpoint(site, "main-gla", 2))
+    site.args.weights = "main-gla,main-retnet"  # one of them has no checkpoint yet
+    (site.runs / "main-retnet").mkdir()
+    monkeypatch.setattr("quality_site.PART", 500_000)
+    quality.weights(site)
+    parts = sorted(site.args.out.glob("main-gla.tar.*"))
+    assert len(parts) > 2 and all(part.stat().st_size <= 500_000 for part in parts)
+    assert not list(site.args.out.glob("main-retnet*"))
+    with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as tar:
+        tar.extractall(tmp_path, filter="data")
+    found = checkpoints.load(tmp_path / "main-gla").state_dict()
+    for name, x in model.state_dict().items():
+        assert torch.equal(found[name].bfloat16(), x.bfloat16()), name
 
 
 def test_evaluation_shares_the_checkpoints_out_and_leaves_what_went_through(quality, site, tmp_path):

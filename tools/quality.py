@@ -12,8 +12,8 @@ evaluate   the last checkpoints of main and tbptt by `glabench extrapolate` on t
 
 `main`, `tbptt` and `ablations` run side by side, --jobs runs a GPU at a time, all GPUs at once. A run that
 meets --limit, or --total for everything, saves a checkpoint and goes on with the next call that has the same
---site. Curves, settings, rows and a summary are packed into OUT/quality.tar.gz whatever happens; weights only
-with --weights.
+--site. Curves, settings, rows and a summary are packed into OUT/quality.tar.gz whatever happens. The last
+checkpoints of the runs of --weights go to OUT/RUN.tar.00, .01 and on, in bf16: `cat RUN.tar.* | tar x`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from quality_site import Site, Work, say
+from quality_site import Site, Work, bring_weights, say
 
 FAMILIES = ("mamba", "gla", "retnet", "transformer")  # the slowest to train first
 ABLATIONS = ("", "-no-gate", "-fixed-decay", "-scalar-gate", "-1-head", "-8-heads")
@@ -37,7 +37,6 @@ STEPS = ("data", "tune", "main", "tbptt", "ablations", "evaluate")
 TOGETHER = (("tune",), ("tbptt", "main", "ablations"), ("evaluate",))
 RATE = 1e-3  # where neither --lr nor `tune` says another
 KEPT = ("metrics.csv", "train.json")
-WEIGHTS = ("model.safetensors", "config.json", "state.json")  # with them the folder is a checkpoint
 EVALUATED = {"extrapolate": ("main-", "tbptt-"), "lm-eval": ("main-",)}  # verb -> the runs it is for
 SUMMARY = (
     "run",
@@ -114,7 +113,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plain", action="store_true", help="without Liger-Kernel's fused operations")
     parser.add_argument("--compile", action="store_true", help="torch.compile the models' blocks")
-    parser.add_argument("--weights", action="store_true", help="pack the last checkpoints' weights too")
+    parser.add_argument(
+        "--weights", default="", help="runs whose last weights come back, as main-gla,main-mamba"
+    )
     return parser.parse_args()
 
 
@@ -318,7 +319,7 @@ def scores(site: Site) -> list[str]:
 
 
 def pack(site: Site) -> None:
-    """OUT/quality.tar.gz: summary, curves, rows, their figures, settings, logs; weights where asked."""
+    """OUT/quality.tar.gz: summary, curves, rows, their figures, settings, logs."""
     rows = summary(site)
     with (site.args.site / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, SUMMARY, lineterminator="\n")
@@ -340,16 +341,16 @@ def pack(site: Site) -> None:
             if path.exists():
                 tar.add(path, path.name)
         for run in sorted(site.runs.iterdir()):
-            for path in _files(run, weights=site.args.weights):
-                tar.add(path, f"runs/{path.relative_to(site.runs)}")
+            for path in (run / name for name in KEPT):
+                if path.exists():
+                    tar.add(path, f"runs/{path.relative_to(site.runs)}")
 
 
-def _files(run: Path, *, weights: bool) -> list[Path]:
-    """What is kept of a run."""
-    found = [run / name for name in KEPT]
-    if weights:
-        found += [path for name in WEIGHTS for path in sorted(run.glob(f"checkpoints/*/{name}"))]
-    return [path for path in found if path.exists()]
+def weights(site: Site) -> None:
+    """The last checkpoints of the runs of --weights, in OUT."""
+    for run in (site.runs / name for name in site.args.weights.split(",") if name):
+        if newest := _newest(run):
+            bring_weights(run / "checkpoints" / newest, run.name, site.args.out)
 
 
 def run(site: Site, steps: list[str]) -> None:
@@ -374,6 +375,7 @@ def main() -> None:
                     run(site, steps)
     finally:
         pack(site)
+        weights(site)
 
 
 if __name__ == "__main__":

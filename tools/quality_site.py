@@ -7,12 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+PART = 15 * 2**20  # bytes of a file that comes back
+WEIGHTS = ("config.json", "state.json")  # with model.safetensors the folder is a checkpoint
 GRACE_S = 20.0  # from the notice to a training run's checkpoint on disk
 
 
@@ -113,3 +117,24 @@ class Site:
     def _last_words(self, name: str) -> str:
         lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
+
+
+def bring_weights(checkpoint: Path, name: str, out: Path) -> None:
+    """A checkpoint in bf16 as out/NAME.tar.00 and on, parts of PART bytes: to evaluate, not to go on from."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    narrow = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        weights, whole = Path(folder) / "model.safetensors", Path(folder) / "whole.tar"
+        save_file(narrow, weights, metadata={"format": "pt"})
+        with tarfile.open(whole, "w") as tar:
+            for path in (
+                weights,
+                *(checkpoint / other for other in WEIGHTS if (checkpoint / other).exists()),
+            ):
+                tar.add(path, f"{name}/{path.name}")
+        with whole.open("rb") as file:
+            for number, part in enumerate(iter(lambda: file.read(PART), b"")):
+                (out / f"{name}.tar.{number:02d}").write_bytes(part)
