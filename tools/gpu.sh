@@ -68,7 +68,7 @@ training() {  # training CONDITIONS DEVICE: Figure 6's steps
         --conditions "$1" --device "$2" ${IMPL:+--impl "$IMPL"} --out "$RESULTS/throughput" --resume ${ARGS:-}
 }
 
-gpus() { nvidia-smi -L | wc -l; }
+gpus() { if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"; else nvidia-smi -L; fi | wc -l; }
 
 for name in "$@"; do
     case $name in
