@@ -12,6 +12,7 @@ import torch
 from tolerances import TWO_FP32_FORMS, difference
 
 from glabench import oracle
+from glabench.errors import UsageError
 from glabench.kernels import gla_chunk as kernels
 from glabench.kernels import gla_chunks, gla_configs, gla_launch, plan_files
 from glabench.kernels.gla_recurrent import gla_recurrent
@@ -93,6 +94,21 @@ def compiled_packed():
         return torch.equal(compiled(*tensors, **how)[0], kernels.gla_chunk(*tensors, **how)[0])
 
 
+class Layer(torch.nn.Module):
+    """The least that can be exported."""
+
+    def forward(self, q, k, v, g):
+        return kernels.gla_chunk(q, k, v, g)[0]
+
+
+def exported():
+    """For any length, of one chunk or several, with gradients on, as they are unless turned off."""
+    made, lengths = [x.detach() for x in leaves()[:4]], {1: torch.export.Dim("T", min=1, max=9999)}
+    graph = torch.export.export(Layer(), tuple(made), dynamic_shapes=(lengths,) * 4).module()
+    shorter = [x[:, :33].contiguous() for x in made]
+    return all(torch.equal(graph(*x), kernels.gla_chunk(*x, form="recompute")[0]) for x in (made, shorter))
+
+
 def from_16_bits(function, dtype):
     """A state of 16 bits is taken in float32, and has its gradient in its own type."""
 
@@ -166,6 +182,15 @@ def penalised():
     return False
 
 
+def no_scale(scale, says):
+    """A scale that is a tensor of more than a number."""
+    try:
+        kernels.gla_chunk(*leaves()[:4], scale)
+    except UsageError as err:
+        return says in str(err)
+    return False
+
+
 def no_heads():
     """Nothing to do is done."""
     made = [x.detach()[:, :, :0] for x in leaves()[:4]]
@@ -194,10 +219,13 @@ def main():
         "bounds on the CPU": told(),
         "bounds made in inference mode": inferred(),
         "packed rows compiled without gradients": compiled_packed(),
+        "exported for any length": exported(),
         "decays a head": own_decays(),
         "no gate": ungated(),
         "a second derivative of a linear loss is refused": penalised(),
         "no heads": no_heads(),
+        "a scale of one element, as a gate a head": no_scale(torch.ones(1), "is [1], not a number"),
+        "a scale that wants a gradient": no_scale(torch.ones((), requires_grad=True), "wants a gradient"),
     }
     print(json.dumps(found))  # noqa: T201
 

@@ -21,6 +21,8 @@ FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 does not say
+
 
 def gla_chunk(
     q: Tensor,
@@ -141,9 +143,9 @@ def _run(
     if initial_state is not None:
         initial_state = as_state(initial_state, v_first=v_first, from_16_bits=gate != CHANNEL)
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
-    if form == "auto" and not torch.is_grad_enabled():
+    if form == "auto" and (not torch.is_grad_enabled() or is_exporting()):
         form = "recompute"  # keeps nothing, which nobody would ask for
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
     cu_seqlens = _packed(cu_seqlens)
     if is_traced(q):
         o, final, *_ = chunk_op(
@@ -165,6 +167,14 @@ def as_state(state: Tensor, *, v_first: bool, from_16_bits: bool) -> Tensor:
         return state
     state = state.mT if v_first else state
     return state.float() if from_16_bits and state.dtype in DTYPES else state
+
+
+def as_number(scale: float | Tensor) -> float:
+    """Raises UsageError for a tensor of more than a number, or one whose gradient would be lost."""
+    if isinstance(scale, Tensor) and (scale.dim() or scale.requires_grad):
+        what = "wants a gradient" if scale.requires_grad else f"is {_of(scale)}, not a number"
+        raise UsageError(f"scale {what}", where="scale", fix="multiply q by it, and give a number")
+    return float(scale)
 
 
 def is_traced(q: Tensor) -> bool:
@@ -212,7 +222,8 @@ def _kind(x: object) -> str:
 def _check_inputs(q, k, v) -> None:
     check_qkv(q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
+        types = f"q {q.dtype}, k {k.dtype} and v {v.dtype}"
+        raise ShapeError(f"{types} are not one of bf16, fp16 and fp32, the same for all")
     for name, x in (("d_k", q), ("d_v", v)):
         if not 0 < x.shape[3] <= WIDEST or x.shape[3] % 16:
             raise ShapeError(f"{name} {x.shape[3]} is not a multiple of 16 up to {WIDEST}")

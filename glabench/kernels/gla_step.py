@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glabench.errors import ShapeError, UsageError
 from glabench.kernels import gla_chunks, gla_launch
-from glabench.kernels.gla_chunk import as_state, check_call, is_traced
+from glabench.kernels.gla_chunk import as_number, as_state, check_call, is_traced
 from glabench.kernels.gla_configs import CHUNK, Launch, recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
 from glabench.kernels.launching import launch
@@ -235,7 +235,7 @@ def _step(gate, q, k, v, g, state, scale) -> Tensor:
         raise ShapeError("the state is expanded: its rows share memory and cannot be changed in place")
     _refuse_gradients("gla_recurrent_step", q, k, v, g, state)
     check_call(gate, q, k, v, g, state, None, "state")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
     run = step_op if is_traced(q) else _take_one
     o = run(q, k, v, g, state, scale, gate)
     return o.squeeze(1) if is_flat else o
@@ -246,7 +246,7 @@ def _fused(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlen
     if initial_state is not None:
         initial_state = as_state(initial_state, v_first=False, from_16_bits=True)
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     run = fused_op if is_traced(q) else _take_all
