@@ -186,7 +186,14 @@ def is_traced(q: Tensor) -> bool:
 
 def check_call(gate, q, k, v, g, state, cu_seqlens, state_name="initial_state") -> None:
     """Raises ShapeError naming what does not fit, UnavailableError where there is no GPU."""
-    _check_tensors(q, k, v, g if gate in (HEAD, CHANNEL) else q, state, cu_seqlens, state_name)
+    try:
+        _check_call(gate, q, k, v, g, state, cu_seqlens, state_name)
+    except AttributeError:  # looking first would take the time of every call
+        _check_tensors(q, k, v, g if gate in (HEAD, CHANNEL) else q, state, cu_seqlens, state_name)
+        raise
+
+
+def _check_call(gate, q, k, v, g, state, cu_seqlens, state_name) -> None:
     _check_inputs(q, k, v)
     if gate in (HEAD, CHANNEL):
         if g.shape != (q.shape if gate == CHANNEL else q.shape[:3]):
