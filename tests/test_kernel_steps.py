@@ -68,6 +68,7 @@ def _arguments(K=16, V=16):
         ({"state": torch.zeros(2, 3, 16, 32)}, "^state .* is not"),
         ({"state": torch.zeros(2, 3, 16, 16).half()}, "not float32"),
         ({"q": torch.zeros(2, 2, 3, 16)}, "one token, not 2"),
+        ({"state": None}, "the state is not a tensor"),
         ({"state": torch.zeros(1, 3, 16, 16).expand(2, 3, 16, 16)}, "share memory"),
         (_arguments(K=24), "d_k 24 is not a multiple of 16"),
         (_arguments(V=528), "d_v 528"),

@@ -210,6 +210,24 @@ def test_compilers_exporters_checkpoints_and_autograd_give_what_eager_gives():
     assert all(found.values()), found
 
 
+def test_calls_are_taken_as_flash_linear_attention_takes_them():
+    (found,) = _run("drop_in_calls.py")
+    assert len(found) == 20
+    assert all(found.values()), found
+
+
+@pytest.mark.gpu
+def test_a_gate_that_is_not_a_number_is_no_gate():
+    from glabench.kernels.gla_chunk import simple_gla_chunk
+
+    q, k, v = (torch.randn(1, 70, 2, 16, device="cuda") for _ in range(3))
+    g = torch.zeros(1, 70, 2, device="cuda")
+    g[0, 66, 1] = torch.nan
+    o, final = simple_gla_chunk(q, k, v, g, output_final_state=True)
+    assert o[:, 66:, 1].isnan().all() and final[:, 1].isnan().all()
+    assert o[:, :, 0].isfinite().all() and o[:, :64].isfinite().all()
+
+
 def _arguments(T=4, K=16, V=16, dtype=torch.float32):
     q, k, g = (torch.zeros(1, T, 2, K, dtype=dtype) for _ in range(3))
     return {"q": q, "k": k, "v": torch.zeros(1, T, 2, V, dtype=dtype), "g": g}
@@ -225,6 +243,10 @@ def _arguments(T=4, K=16, V=16, dtype=torch.float32):
         ({"initial_state": torch.zeros(1, 2, 16, 32)}, "initial_state"),
         ({"initial_state": torch.zeros(1, 2, 16, 16).half()}, "not float32"),
         ({"cu_seqlens": torch.tensor([4])}, "cu_seqlens"),
+        ({"cu_seqlens": False}, "cu_seqlens is of type bool, not a tensor .*give it by name"),
+        ({"initial_state": [0.0]}, "initial_state is of type list"),
+        ({"g": None}, "one of q, k, v and g is None"),
+        ({"v": [0.0]}, "is of type list, not a tensor"),
         (_arguments(K=24), "d_k 24 is not a multiple of 16"),
         (_arguments(V=528), "d_v 528"),
     ],
@@ -234,6 +256,18 @@ def test_what_does_not_fit_is_told_before_a_launch(change, words):
 
     with pytest.raises(ShapeError, match=words):
         gla_chunk(**(_arguments() | change))
+
+
+def test_what_means_nothing_here_is_told():
+    from glabench.kernels.gla_chunk import linear_attention_chunk, simple_gla_chunk
+
+    q, k, v, g = _arguments().values()
+    with pytest.raises(UsageError, match="no normaliser"):
+        linear_attention_chunk(q, k, v, normalize=True)
+    with pytest.raises(UsageError, match="both g and g_gamma"):
+        simple_gla_chunk(q, k, v, g[..., 0], g_gamma=torch.zeros(2))
+    with pytest.raises(ShapeError, match="g_gamma"):
+        simple_gla_chunk(q, k, v, g_gamma=torch.zeros(3))
 
 
 def test_an_unknown_form_is_told():

@@ -13,12 +13,15 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from glabench.errors import ShapeError, UnavailableError, UsageError, nearest
 from glabench.kernels import gla_launch
 from glabench.kernels.arguments import check_qkv
+from glabench.kernels.gla_chunks import packed_chunks
 from glabench.kernels.gla_launch import CHANNEL, FIXED, HEAD, NONE, NOTHING, Kept
 from glabench.kernels.launching import INTERPRETED
 
 FORMS = ("auto", "materialised", "recompute")
 WIDEST = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 does not say
 
 
 def gla_chunk(
@@ -31,45 +34,66 @@ def gla_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
+    *,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention, one gate a key channel. Returns (o, final state or None).
 
     Shapes: q, k, g [B, T, H, K]; v, o [B, T, H, V]; states [rows, H, K, V], fp32; cu_seqlens [rows + 1].
-    Units:  g in nats per step, <= 0; scale is K ** -0.5 unless given.
+    Units:  g in nats per step, <= 0, -inf as well; scale is K ** -0.5 unless given.
+    Other:  state_v_first: states are [rows, H, V, K]. cu_seqlens_cpu, the same bounds, saves waiting for
+            the device, which else is asked for them.
     Raises: ShapeError; UsageError for an unknown form.
     Source: GLA eq. 3 and §4.
     """
-    return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form)
-
-
-def gla_chunk_materialised(
-    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
-):
-    """gla_chunk that keeps the chunk states for the backward pass (GLA §4.1, "materialization")."""
-    options = (scale, initial_state, output_final_state, cu_seqlens, "materialised")
+    options = (scale, initial_state, output_final_state, cu_seqlens, form, state_v_first, cu_seqlens_cpu)
     return _run(CHANNEL, q, k, v, g, *options)
 
 
+def gla_chunk_materialised(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **layout
+):
+    """gla_chunk that keeps the chunk states for the backward pass (GLA §4.1, "materialization")."""
+    options = (scale, initial_state, output_final_state, cu_seqlens, "materialised")
+    return gla_chunk(q, k, v, g, *options, **layout)
+
+
 def gla_chunk_recompute(
-    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **layout
 ):
     """gla_chunk that keeps no chunk states, and forms them again in the backward pass (GLA §4.1)."""
-    return _run(CHANNEL, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, "recompute")
+    options = (scale, initial_state, output_final_state, cu_seqlens, "recompute")
+    return gla_chunk(q, k, v, g, *options, **layout)
 
 
 def simple_gla_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
+    *,
+    g_gamma: Tensor | None = None,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention with one gate a head, g [B, T, H]; the rest as gla_chunk."""
-    return _run(HEAD, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form)
+    """Linear attention with one gate a head, g [B, T, H], or g_gamma [H] for every token, or none.
+
+    The initial state may have 16 bits. The rest as gla_chunk.
+    """
+    if g_gamma is not None:
+        if g is not None:
+            raise UsageError("both g and g_gamma", where="arguments", fix="give one of them")
+        if g_gamma.shape != q.shape[2:3]:
+            raise ShapeError(f"g_gamma {_of(g_gamma)} does not fit q {_of(q)}")
+        g = g_gamma.expand(q.shape[:3])
+    options = (scale, initial_state, output_final_state, cu_seqlens, form, state_v_first, cu_seqlens_cpu)
+    return _run(NONE if g is None else HEAD, q, k, v, g, *options)
 
 
 def retention_chunk(
@@ -81,9 +105,13 @@ def retention_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
+    *,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention: head h decays by 1 - 2 ** (-5 - h) a token (RetNet §2.1); the rest as gla_chunk."""
-    return _run(FIXED, q, k, v, None, scale, initial_state, output_final_state, cu_seqlens, form)
+    """Retention: head h decays by 1 - 2 ** (-5 - h) a token (RetNet §2.1); the rest as simple_gla_chunk."""
+    options = (scale, initial_state, output_final_state, cu_seqlens, form, state_v_first, cu_seqlens_cpu)
+    return _run(FIXED, q, k, v, None, *options)
 
 
 def linear_attention_chunk(
@@ -95,25 +123,58 @@ def linear_attention_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
+    *,
+    normalize: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention with neither gate nor normaliser; the rest as gla_chunk."""
-    return _run(NONE, q, k, v, None, scale, initial_state, output_final_state, cu_seqlens, form)
+    """Linear attention with neither gate nor normaliser; the rest as simple_gla_chunk."""
+    if normalize:
+        raise UsageError("no normaliser", where="normalize", fix="give False, and divide the output")
+    options = (scale, initial_state, output_final_state, cu_seqlens, form, state_v_first, cu_seqlens_cpu)
+    return _run(NONE, q, k, v, None, *options)
 
 
-def _run(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form):
+def _run(
+    gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, form, v_first, cu_seqlens_cpu
+):
     if form not in FORMS:
-        raise UsageError(f"no form {form!r}", where="form", fix=nearest(form, FORMS))
+        raise UsageError(f"no form {form!r}", where="form", fix=nearest(str(form), FORMS))
+    if initial_state is not None:
+        initial_state = as_state(initial_state, v_first=v_first, from_16_bits=gate != CHANNEL)
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
-    if form == "auto" and not torch.is_grad_enabled():
+    if form == "auto" and (not torch.is_grad_enabled() or is_exporting()):
         form = "recompute"  # keeps nothing, which nobody would ask for
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
+    cu_seqlens = _packed(cu_seqlens)
     if is_traced(q):
         o, final, *_ = chunk_op(
             q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, form == "recompute"
         )
-        return o, final if output_final_state else None
-    how = (scale, gate, output_final_state, form)
-    return ChunkFunction.apply(q, k, v, g, initial_state, cu_seqlens, how)
+    else:
+        if cu_seqlens is not None and cu_seqlens_cpu is not None:
+            packed_chunks(cu_seqlens, q.shape[1], gla_launch.chunk_size(q, v, gate), cu_seqlens_cpu)
+        how = (scale, gate, output_final_state, form)
+        o, final = ChunkFunction.apply(q, k, v, g, initial_state, cu_seqlens, how)
+    if not output_final_state:
+        return o, None
+    return o, final.mT.contiguous() if v_first else final
+
+
+def as_state(state: Tensor, *, v_first: bool, from_16_bits: bool) -> Tensor:
+    """The state [rows, H, K, V], in float32 if it has 16 bits and may; what is none is left to check_call."""
+    if not isinstance(state, Tensor):
+        return state
+    state = state.mT if v_first else state
+    return state.float() if from_16_bits and state.dtype in DTYPES else state
+
+
+def as_number(scale: float | Tensor) -> float:
+    """Raises UsageError for a tensor of more than a number, or one whose gradient would be lost."""
+    if isinstance(scale, Tensor) and (scale.dim() or scale.requires_grad):
+        what = "wants a gradient" if scale.requires_grad else f"is {_of(scale)}, not a number"
+        raise UsageError(f"scale {what}", where="scale", fix="multiply q by it, and give a number")
+    return float(scale)
 
 
 def is_traced(q: Tensor) -> bool:
@@ -125,6 +186,14 @@ def is_traced(q: Tensor) -> bool:
 
 def check_call(gate, q, k, v, g, state, cu_seqlens, state_name="initial_state") -> None:
     """Raises ShapeError naming what does not fit, UnavailableError where there is no GPU."""
+    try:
+        _check_call(gate, q, k, v, g, state, cu_seqlens, state_name)
+    except AttributeError:  # looking first would take the time of every call
+        _check_tensors(q, k, v, g if gate in (HEAD, CHANNEL) else q, state, cu_seqlens, state_name)
+        raise
+
+
+def _check_call(gate, q, k, v, g, state, cu_seqlens, state_name) -> None:
     _check_inputs(q, k, v)
     if gate in (HEAD, CHANNEL):
         if g.shape != (q.shape if gate == CHANNEL else q.shape[:3]):
@@ -144,10 +213,24 @@ def check_call(gate, q, k, v, g, state, cu_seqlens, state_name="initial_state") 
     _check_devices(q, k, v, g, state, cu_seqlens)
 
 
+def _check_tensors(q, k, v, g, state, cu_seqlens, state_name) -> None:
+    for x in (q, k, v, g):
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"one of q, k, v and g is {_kind(x)}, not a tensor")
+    for name, x in ((state_name, state), ("cu_seqlens", cu_seqlens)):
+        if x is not None and not isinstance(x, Tensor):
+            raise ShapeError(f"{name} is {_kind(x)}, not a tensor", fix="give it by name")
+
+
+def _kind(x: object) -> str:
+    return "None" if x is None else f"of type {type(x).__name__}"
+
+
 def _check_inputs(q, k, v) -> None:
     check_qkv(q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ShapeError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} are not one of bf16, fp16 and fp32")
+        types = f"q {q.dtype}, k {k.dtype} and v {v.dtype}"
+        raise ShapeError(f"{types} are not one of bf16, fp16 and fp32, the same for all")
     for name, x in (("d_k", q), ("d_v", v)):
         if not 0 < x.shape[3] <= WIDEST or x.shape[3] % 16:
             raise ShapeError(f"{name} {x.shape[3]} is not a multiple of 16 up to {WIDEST}")
@@ -182,12 +265,13 @@ class ChunkFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, d_final):
-        # the decorator has work, and takes time, only where a graph of the gradients is asked for
-        find = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
-        return find(ctx, do, d_final)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, do, d_final)
+        # a graph of the gradients is asked for: they depend on the inputs too, which the decorator must see
+        return once_differentiable(_gradients)(ctx, do, d_final, *ctx.saved_tensors)
 
 
-def _gradients(ctx, do, d_final):
+def _gradients(ctx, do, d_final, *_):
     q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
     kept = None if kept[0] is None else Kept(*kept)
     wants = initial_state is not None and ctx.needs_input_grad[4]
@@ -263,7 +347,7 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale, gate, output_final_state, re
     K, wide = q.shape[3], torch.float32
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size = gla_launch.chunk_size(q, v, gate)
-    chunks = _chunk_count(B, T, cu_seqlens, size)
+    chunks = 0 if recompute else _chunk_count(B, T, cu_seqlens, size)  # a size that no output has is refused
     blocks = gla_launch.key_blocks(q, v, gate)
     totals = {HEAD: (chunks, H, 2, size), CHANNEL: (chunks, H, K)}.get(gate, 0)
     reach = {HEAD: (chunks, H, size), CHANNEL: (chunks, H, blocks)}.get(gate, 0)

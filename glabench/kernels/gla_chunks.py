@@ -30,18 +30,23 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
     if cu_seqlens is None:
         each = -(-T // size)
         return Chunks(size, B, each, B * each)
-    return _packed_chunks(cu_seqlens, T, size)
+    return packed_chunks(cu_seqlens, T, size)
 
 
-_last_packed: list[tuple[Tensor, int, int, Chunks]] = []
+_last_packed: list[tuple[Tensor, int | None, int, Chunks]] = []
 
 
-def _packed_chunks(cu_seqlens: Tensor, T: int, size: int) -> Chunks:
-    """Reading the bounds waits for the device, so those of the last tensor, if unchanged, are kept."""
+def packed_chunks(cu_seqlens: Tensor, T: int, size: int, on_cpu: Tensor | None = None) -> Chunks:
+    """The chunks of packed rows; `on_cpu` has the same bounds. Raises ShapeError.
+
+    Reading the bounds waits for the device, so those of the last tensor, if unchanged, are kept.
+    """
+    # tensors of inference mode do not tell of changes
+    now = None if cu_seqlens.is_inference() else cu_seqlens._version
     for tensor, version, length, chunks in _last_packed:
-        if tensor is cu_seqlens and (version, length, chunks.size) == (cu_seqlens._version, T, size):
+        if tensor is cu_seqlens and now is not None and (version, length, chunks.size) == (now, T, size):
             return chunks
-    bounds = cu_seqlens.tolist()
+    bounds = (cu_seqlens if on_cpu is None else on_cpu).tolist()
     check_bounds(bounds, T)
     table, offsets = [], [0]
     for low, high in itertools.pairwise(bounds):
@@ -56,7 +61,7 @@ def _packed_chunks(cu_seqlens: Tensor, T: int, size: int) -> Chunks:
         torch.tensor(table, **like).reshape(-1, 2),
         torch.tensor(offsets, **like),
     )
-    _last_packed[:] = [(cu_seqlens, cu_seqlens._version, T, chunks)]
+    _last_packed[:] = [(cu_seqlens, now, T, chunks)]
     return chunks
 
 

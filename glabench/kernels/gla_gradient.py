@@ -20,6 +20,7 @@ from glabench.kernels.gla_tiles import (
     level_decays,
     level_pairs,
     load_channels,
+    load_gates,
     load_state,
     load_tile,
     power2,
@@ -188,7 +189,7 @@ def hard_tile(
     dA, dq, dk, carried = products(v, do, h, dh, rows, count, col, H, K, V, C, BK, BV, True, PRECISION)
     x = load_tile(q, rows, count, H * K, col, K, BK).to(TYPE)
     y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
-    gates = load_tile(g, rows, count, H * K, col, K, BK)
+    gates = load_gates(g, rows, count, H * K, col, K, BK)
     sums = load_channels(total, col, K, BK)
     r = kept_share(sums)
     carried *= power2(sums - 2 * r)

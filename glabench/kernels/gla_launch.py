@@ -202,7 +202,7 @@ def _head_sums(g: Tensor, chunks: Chunks, plan: Plan) -> tuple[Tensor, Tensor]:
 
 def heads_together(H: int) -> int:
     """Heads a program of sums_kernel."""
-    return min(16, triton.next_power_of_2(H))
+    return min(16, triton.next_power_of_2(max(1, H)))
 
 
 def _empty_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:

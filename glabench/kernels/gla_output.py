@@ -16,6 +16,7 @@ from glabench.kernels.gla_tiles import (
     halved_scores,
     head_decays,
     load_channels,
+    load_gates,
     load_scores,
     load_state,
     load_tile,
@@ -76,7 +77,7 @@ def output_tile(
             y = load_tile(k, rows, count, H * K, col, K, BK).to(TYPE)
         state = load_state(h, vb * BV, col, V, K, BV, BK)
         if HARD:
-            gates = load_tile(g, rows, count, H * K, col, K, BK)
+            gates = load_gates(g, rows, count, H * K, col, K, BK)
             A += halved_scores(x, y, gates, C, REVERSE, PRECISION)
             sums = load_channels(total + at * K, col, K, BK)
             decay = after(gates, C, PRECISION) if REVERSE else before(gates, C, PRECISION)

@@ -16,6 +16,7 @@ from glabench.kernels.gla_tiles import (
     decayed,
     head_decays,
     kept_share,
+    load_gates,
     load_tile,
     power2,
     store_scores,
@@ -41,7 +42,7 @@ def scale_hard_channels(
 ):
     """Overwrite scaled q and k in the hard ones of BK channels, see scale_kernel."""
     rows, cols = tl.arange(0, C), col + tl.arange(0, BK)
-    gates = load_tile(g, rows, count, H * K, col, K, BK)
+    gates = load_gates(g, rows, count, H * K, col, K, BK)
     sums = tl.sum(gates.to(tl.float32), 0) * LOG2E
     kept = kept_share(sums)[None, :]
     where = rows[:, None] * H * K + cols[None, :]
@@ -201,7 +202,8 @@ def sums_kernel(
     start, count = chunk_bounds(chunk, chunks, T, N, C, PACKED)
     rows, heads = tl.arange(0, C)[:, None], hb * BH + tl.arange(0, BH)[None, :]
     gates = tl.load(g + (start + rows) * H + heads, mask=(rows < count) & (heads < H), other=0.0)
-    gates = tl.maximum(gates.to(tl.float64) * LOG2E, -256.0)
+    gates = gates.to(tl.float64) * LOG2E
+    gates = tl.where(gates < -256.0, -256.0, gates)  # a maximum would take the NaN from a gate
     before = tl.cumsum(gates, 0)
     after = tl.sum(gates, 0)[None, :] - before
     at = (chunk * H + heads) * C

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glabench.errors import ShapeError, UsageError
 from glabench.kernels import gla_chunks, gla_launch
-from glabench.kernels.gla_chunk import check_call, is_traced
+from glabench.kernels.gla_chunk import as_number, as_state, check_call, is_traced
 from glabench.kernels.gla_configs import CHUNK, Launch, recurrent_tile
 from glabench.kernels.gla_tiles import CHANNEL, FIXED, HEAD, LOG2E, power2
 from glabench.kernels.launching import launch
@@ -177,7 +177,7 @@ def gla_recurrent_fused(
     """gla_chunk's forward pass in one kernel, token by token: for short sequences, at inference.
 
     Shapes: q, k [B, T, H, K]; v, o [B, T, H, V]; g [B, T, H, K], [B, T, H] for one gate a head, or None;
-    states [rows, H, K, V], fp32; cu_seqlens [rows + 1]. The initial state is left as it is.
+    states [rows, H, K, V], fp32; cu_seqlens [rows + 1]. The initial state, 16 bits or fp32, is left as is.
     Units:  g in nats per step, <= 0; scale is K ** -0.5 unless given.
     Raises: ShapeError; UsageError where a gradient is asked for.
     Source: GLA eq. 3.
@@ -229,11 +229,13 @@ def _step(gate, q, k, v, g, state, scale) -> Tensor:
         q, k, v, g = (None if x is None else x.unsqueeze(1) for x in (q, k, v, g))
     if q.dim() == 4 and q.shape[1] != 1:
         raise ShapeError(f"a step takes one token, not {q.shape[1]}: use gla_recurrent_fused")
+    if not isinstance(state, Tensor):
+        raise ShapeError("the state is not a tensor: it is changed in place")
     if any(step == 0 and size > 1 for step, size in zip(state.stride(), state.shape, strict=True)):
         raise ShapeError("the state is expanded: its rows share memory and cannot be changed in place")
     _refuse_gradients("gla_recurrent_step", q, k, v, g, state)
     check_call(gate, q, k, v, g, state, None, "state")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
     run = step_op if is_traced(q) else _take_one
     o = run(q, k, v, g, state, scale, gate)
     return o.squeeze(1) if is_flat else o
@@ -241,8 +243,10 @@ def _step(gate, q, k, v, g, state, scale) -> Tensor:
 
 def _fused(gate, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
     _refuse_gradients("gla_recurrent_fused", q, k, v, g, initial_state)
+    if initial_state is not None:
+        initial_state = as_state(initial_state, v_first=False, from_16_bits=True)
     check_call(gate, q, k, v, g, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number(scale)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     run = fused_op if is_traced(q) else _take_all

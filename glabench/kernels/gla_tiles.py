@@ -14,6 +14,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(8)  # halvings of a chunk of up to 128 tokens, and the diagonal
 UNITS = tl.constexpr(2.0**23)  # to C: as integers of them, the sums of C limited gates fit in 32 bits
+FLOOR = tl.constexpr(-32768.0)  # nats, in float16 as well: what is below decays to 0 as this does
 LIMIT = tl.constexpr(60.0)  # operands stay in 2 ** +-60: far from float32's 2 ** +-126, in bf16 as well
 
 NONE = tl.constexpr(0)  # no gate
@@ -46,6 +47,13 @@ def load_tile(x, rows, count, stride, col, WIDTH: tl.constexpr, BLOCK: tl.conste
     if WIDTH % BLOCK != 0:
         mask = mask & (cols < WIDTH)[None, :]
     return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_gates(g, rows, count, stride, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """As load_tile, for sums by products, in which a gate of -inf would meet zeros of a mask: NaN."""
+    gates = load_tile(g, rows, count, stride, col, WIDTH, BLOCK).to(tl.float32)
+    return tl.where(gates < FLOOR, FLOOR, gates).to(g.dtype.element_ty)
 
 
 @triton.jit
