@@ -141,7 +141,8 @@ def test_a_run_converts_as_its_newest_checkpoint(whole, tmp_path):
 def test_a_finished_run_is_left_as_it_is(whole, data):
     path, out = whole
     before = (out / "metrics.csv").read_bytes(), checkpoint.find(out)
-    assert "already finished" in trained(path, data, out).stderr
+    told = trained(path, data, out).stderr
+    assert "already finished" in told and "going on" not in told
     assert ((out / "metrics.csv").read_bytes(), checkpoint.find(out)) == before
 
 
