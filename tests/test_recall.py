@@ -117,6 +117,7 @@ def test_a_control_that_does_not_learn_makes_the_others_errors(tmp_path):
     done = run("recall", *words, "--out", tmp_path, "--json")
     rows = {r["mixer"]: r for r in json.loads(done.stdout)["rows"]}
     assert done.exit_code == 1 and rows["attention"]["status"] == "ok"
+    assert "1 epochs (not solved)" in done.stderr
     for name in ("gla", "retnet"):
         assert rows[name]["status"] == "error" and "control arm did not learn" in rows[name]["reason"]
 
