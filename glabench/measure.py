@@ -32,6 +32,7 @@ MAX_LATE, LONGER = 50, 1.1  # samples that are taken again, and how much longer 
 DETECT_SPIN_MS = 1.0  # long against the noise of the host time it is compared with
 ASYNC_FRAC, ASYNC_MS = 0.2, 0.05
 OTHERS_SHARE, LOAD_WINDOW_S = 0.1, 0.1  # of one core; the system counts in ticks of 10 ms
+PLAIN_SHARE, PLAIN_S = 0.5, 0.03  # of one core, and ticks enough, to tell in a shorter window too
 THROTTLED_SHARE, FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 0.05, 2.0
 WALL_S, WALL_CALLS = 0.05, 200
 
@@ -146,10 +147,14 @@ class _OtherLoad:
 
     def shared(self) -> str:
         """ "yes" where others took over a tenth of a core; "" where the window is too short to tell."""
-        busy, own, window = (b - a for a, b in zip(self._begun, self._now(), strict=True))
-        if window < LOAD_WINDOW_S:
-            return ""
-        return "yes" if busy - own > OTHERS_SHARE * window else "no"
+        return _took_over(*(b - a for a, b in zip(self._begun, self._now(), strict=True)))
+
+
+def _took_over(busy_s: float, own_s: float, window_s: float) -> str:
+    others = busy_s - own_s
+    if window_s < LOAD_WINDOW_S:
+        return "yes" if others > max(PLAIN_SHARE * window_s, PLAIN_S) else ""
+    return "yes" if others > OTHERS_SHARE * window_s else "no"
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ def describe_row(row: Row) -> str:
     if row.verb == "memory":
         return f"{where:<54} {row.extra_mem_mib:10.1f} MiB beyond the inputs"
     half = "" if row.time_lo_ms is None else f"  [{row.time_lo_ms:.4g}, {row.time_hi_ms:.4g}]"
-    notes = [
-        name for name in ("launch_bound", "syncs_inside", "async_outside") if getattr(row, name) == "yes"
-    ]
+    flags = ("launch_bound", "syncs_inside", "async_outside", "shared_device")
+    notes = [name for name in flags if getattr(row, name) == "yes"]
     notes += [] if row.converged == "yes" else ["not converged"]
     return f"{where:<54} {row.time_ms:10.4g} ms{half}{'  ' + ', '.join(notes) if notes else ''}"
 

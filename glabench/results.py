@@ -138,7 +138,7 @@ def read_rows(path: Path, row_type: type[Row] | None = None) -> list[dict[str, s
         raise ResultsError(
             f"the columns of {path.name} are not this version's",
             where=str(path),
-            fix="choose another folder with --out",
+            fix="move the file away, or measure into another folder",
         )
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):

@@ -6,10 +6,12 @@ import sys
 import time
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from glabench import __version__
 from glabench.cli import app
+from glabench.cli.shared import _what_now
 from glabench.errors import UsageError
 
 runner = CliRunner()
@@ -37,7 +39,9 @@ def glabench(*words, cwd=None):
         (("speed", "--impl", "gla_chnk"), "error: no implementation 'gla_chnk' (--impl)"),
         (("speed", "--impl", "gla,gla"), "error: implementation 'gla' stands twice (--impl)"),
         (("speed", "--tokens", "1k", "--batch", "2"), "error: both --tokens and --batch are given"),
-        (("speed", "--cell-limit", "0"), "error: 0 is not a time"),
+        (("speed", "--cell-limit", "0"), "error: 0 is not a time (--cell-limit)"),
+        (("memory", "--cold-limit", "nan"), "error: nan is not a time (--cold-limit)"),
+        (("tune", "--dry-run", "--limit", "inf"), "error: inf is not a time (--limit)"),
         (("speed", "--device", "gpu"), "error: no device 'gpu' (--device)"),
         (("speed", "--impl", "nowhere.py:f", "--family", "gla"), "error: no file 'nowhere.py' (--impl)"),
         (("run", "quikc"), "did you mean 'quick'"),
@@ -73,6 +77,14 @@ def test_debug_keeps_the_traceback():
 
 def test_typers_own_usage_errors_are_exit_code_2():
     assert run("speed", "--no-such-option").exit_code == 2 and run("nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize("verb", [command.name for command in get_command(app).commands.values()])
+def test_an_interrupted_verb_names_options_that_it_has(verb):
+    said = _what_now(verb)
+    helped = run(verb, "--help").stdout
+    assert ("--resume" in said) == ("--resume" in helped)
+    assert said.startswith("what is written is safe") == ("--resume" in helped or verb in ("data", "train"))
 
 
 def test_version():

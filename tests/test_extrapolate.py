@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from glabench.quality import repeats, scoring
 from glabench.quality.intervals import bootstrap
+from glabench.runners import extrapolate as runner
 
 # older versions of transformers keep no state of Mamba to go on from
 RECURRENT = ("gla", "retnet", *(["mamba"] if hasattr(Cache, "get_recurrent_state") else []))
@@ -242,3 +243,16 @@ def test_any_transformer_of_transformers_and_its_learned_positions(tmp_path):
     assert found["sliding", "1"]["window"] == "512"
     pieces, windows = (float(found[p, "2"]["ppl"]) for p in ("document", "sliding"))
     assert pieces == pytest.approx(windows, rel=PIECES)
+
+
+def test_the_table_keeps_buckets_of_different_sizes_apart(capsys):
+    common = {"impl": "gla", "protocol": "document", "status": "ok", "reason": "", "n_docs": "4"}
+    kept = [
+        {**common, "bucket": "1", "bucket_tokens": "256", "ppl": "13.5", "bits_per_byte": "3.7"},
+        {**common, "bucket": "2", "bucket_tokens": "128", "ppl": "12.9", "bits_per_byte": "3.6"},
+    ]
+    runner.show({"rows": kept, "folder": "out"})
+    told = capsys.readouterr().out
+    assert "buckets of 256" in told and "buckets of 128" in told and "13.5" in told and "12.9" in told
+    runner.show({"rows": kept[:1], "folder": "out"})
+    assert "buckets of" not in capsys.readouterr().out

@@ -54,6 +54,19 @@ def test_a_line_a_checkpoint_and_protocol_with_what_is_missing(tmp_path):
     assert figure._ending(sheet.lines[2], 20.5) == "transformer ↑ 900.0 at 8k"
 
 
+def test_lines_that_begin_higher_are_drawn_and_lost_ones_are_not(tmp_path):
+    higher = {("mamba", "mamba", "document"): [60.0, 58.0, 57.0, 56.0]}
+    lost = {("other", "attention", "document"): [3000.0, 4000.0, 4000.0, 4000.0]}
+    write(tmp_path, CURVES | higher | lost)
+    (sheet,) = figure.sheets(tmp_path, figure.load(tmp_path))
+    top = figure._top(sheet.lines)
+    assert top == 60.0 and [figure._ending(line, top) for line in sheet.lines if line.name == "mamba"] == [
+        "mamba"
+    ]
+    low, high = figure._limits(sheet.lines)
+    assert low < 18.2 * 0.9 and 60.0 * 1.1 <= high < 120
+
+
 def test_the_figure_marks_the_training_length_and_draws_bands(tmp_path):
     write(tmp_path, CURVES)
     (sheet,) = figure.sheets(tmp_path, figure.load(tmp_path))

@@ -214,6 +214,11 @@ def test_the_difference_from_the_paper_and_whether_it_is_noise():
     assert difference["model"] == "difference" and ours["average"] == ""
 
 
+def test_a_value_and_its_error_are_written_alike():
+    (sheet,) = paper_tables.sheets([row("wikitext", "word_perplexity", 735_070.0, 37_149.9)])
+    assert sheet.lines[0][1] == "7.35e+05 ± 3.71e+04"
+
+
 def test_of_a_checkpoint_that_went_on_training_the_tables_have_the_later_weights():
     early, late = (
         row("piqa", "acc", value, 0.01, checkpoint_digest=d) for d, value in (("a", 0.5), ("b", 0.6))

@@ -66,18 +66,25 @@ def test_a_cpu_call_is_timed_without_garbage_collection():
     assert taken["timer"] == "perf_counter" and taken["sm_mhz"] is None
 
 
-def test_work_of_other_processes_on_our_cores_is_told():
+@pytest.mark.parametrize("samples", [6, 40])  # 0.06 s, a short window, and 0.4 s
+def test_work_of_other_processes_on_our_cores_is_told(samples):
     cores = len(os.sched_getaffinity(0))
     spin = "while True: pass"
     others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(cores)]
     try:
-        plan = dataclasses.replace(PLAN, min_samples=40, max_samples=40)
+        plan = dataclasses.replace(PLAN, min_samples=samples, max_samples=samples)
         taken = measure.time_calls(lambda i: lambda: time.sleep(0.01), 1, plan, "cpu")
     finally:
         for other in others:
             other.kill()
             other.wait()
     assert taken["shared_device"] == "yes"
+
+
+def test_a_short_window_tells_only_what_is_plain():
+    assert measure._took_over(0.12, 0.06, 0.06) == "yes"
+    assert measure._took_over(0.07, 0.06, 0.06) == measure._took_over(0.02, 0.0, 0.02) == ""
+    assert measure._took_over(0.41, 0.4, 0.4) == "no" and measure._took_over(0.5, 0.4, 0.4) == "yes"
 
 
 def time_on(gpu, call, call_bytes=10**6):

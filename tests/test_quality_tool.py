@@ -38,6 +38,16 @@ def site(quality, tmp_path, monkeypatch):
     return quality.Site(quality.arguments())
 
 
+@pytest.mark.parametrize("option", ["--corpus", "--data", "--books", "--tasks-from"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(
+    option, quality, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["quality.py", "all", option, str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as left:
+        quality.arguments()
+    assert left.value.code == 2 and "no folder" in capsys.readouterr().err
+
+
 def checkpoint(site, name, step):
     folder = site.runs / name / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)

@@ -117,6 +117,7 @@ def test_a_control_that_does_not_learn_makes_the_others_errors(tmp_path):
     done = run("recall", *words, "--out", tmp_path, "--json")
     rows = {r["mixer"]: r for r in json.loads(done.stdout)["rows"]}
     assert done.exit_code == 1 and rows["attention"]["status"] == "ok"
+    assert "1 epochs (not solved)" in done.stderr
     for name in ("gla", "retnet"):
         assert rows[name]["status"] == "error" and "control arm did not learn" in rows[name]["reason"]
 
@@ -143,7 +144,7 @@ def test_a_control_that_does_not_learn_makes_the_others_errors(tmp_path):
         (("--lrs", "1e-3,0.001"), "error: lrs names a value twice"),
         (("--shard", "2/2"), "error: no shard '2/2' (--shard); write I/N"),
         (("--impl", "mamba_torch"), "error: 'mamba_torch' serves no mixer here (--impl)"),
-        (("--batch", "9000"), "error: a batch of 9000 of 8000 examples"),
+        (("--batch", "17000"), "error: a batch of 17000 of 16000 examples"),
         (("--dtype", "fp8"), "error: no dtype 'fp8' (--dtype)"),
         (("--cell-limit", "0"), "error: 0 is not a time (--cell-limit)"),
     ],

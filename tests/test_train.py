@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tolerances import TRAINING
 from training_calls import SAMPLE, TRAIN, config, kill_when, losses, metrics, run, start
 
@@ -123,10 +124,25 @@ def test_checkpoints_are_limited_and_are_hugging_face_folders(whole):
     assert abs(loss / float(metrics(out)[-1]["valid_loss"]) - 1) < TRAINING
 
 
+def test_a_run_converts_as_its_newest_checkpoint(whole, tmp_path):
+    for source, target, layout in ((whole[1], "fla", "fla"), (tmp_path / "fla", "back", "glabench")):
+        done = run("convert", source, tmp_path / target, "--layout", layout)
+        assert done.exit_code == 0, done.stderr
+    step, newest = checkpoint.find(whole[1])[-1]
+    assert step == TRAIN["steps"]
+    assert (
+        load_file(tmp_path / "fla" / "model.safetensors").keys()
+        != load_file(newest / "model.safetensors").keys()
+    )
+    for name, tensor in load_file(newest / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")[name], tensor)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, data):
     path, out = whole
     before = (out / "metrics.csv").read_bytes(), checkpoint.find(out)
-    assert "already finished" in trained(path, data, out).stderr
+    told = trained(path, data, out).stderr
+    assert "already finished" in told and "going on" not in told
     assert ((out / "metrics.csv").read_bytes(), checkpoint.find(out)) == before
 
 
@@ -221,7 +237,7 @@ def test_a_model_without_a_state_cannot_be_trained_in_segments(data, tmp_path):
     [
         ({"lrr": 1.0}, ("no key 'lrr'", "did you mean 'lr'?")),
         ({"seqlen": 60}, ("batch_tokens 512 is not a multiple of a sequence, 60 x 1",)),
-        ({"steps": "many"}, ("'many' does not fit steps",)),
+        ({"steps": "many"}, ("'many' does not fit steps", "write a whole number, not negative")),
         ({"lr_end": 1.0}, ("lr_end 1 is not within",)),
         ({"warmup_steps": 12}, ("warmup_steps 12 leaves nothing of 12 steps",)),
         ({"precision": "fp8"}, ("no precision 'fp8'",)),
@@ -240,7 +256,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(data, tmp_path, changes,
     [
         ("[modell]\n", ("no table 'modell'", "did you mean 'model'?")),
         ("[train\n", ("cannot read a.toml",)),
-        ('[model]\nkind = "hf"\nmodel_type = "lama"\n', ("cannot build it", "model lama")),
+        ('[model]\nkind = "hf"\nmodel_type = "lama"\n', ("cannot build it", " ... (model lama)")),
         ('[model]\nkind = "hf"\nmodel_type = "llama"\nhiden_size = 8\n', ("no key 'hiden_size'",)),
         ('[model]\nkind = "hf"\nmodel_type = "llama"\nvocab_size = 64\n', ("64 vocabulary entries", "257")),
     ],

@@ -88,6 +88,12 @@ def test_a_name_that_is_no_configuration_is_refused():
         settings.load("nonsense")
 
 
+def test_any_number_of_steps_leaves_some_after_the_warm_up():
+    for steps in (1, 2, 9, 10, 40, 4000):
+        made = settings.load("gla-tiny", steps=steps).settings
+        assert made.steps == steps and made.warmup_steps == min(40, max(1, steps // 10), steps - 1)
+
+
 def test_a_metrics_file_is_cut_back_to_its_checkpoint_and_never_short(tmp_path):
     from glabench.errors import ResultsError
 

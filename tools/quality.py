@@ -72,14 +72,20 @@ def size(text: str) -> int:
     return round(float(text[:-1] if unit > 1 else text) * unit)
 
 
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {text!r}; check the path")
+    return Path(text)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("steps", nargs="+", choices=(*STEPS, "all"))
-    parser.add_argument("--corpus", type=Path, help="folder of text, for `data`")
+    parser.add_argument("--corpus", type=folder, help="folder of text, for `data`")
     parser.add_argument(
-        "--data", type=Path, help="folder that `glabench data prepare` made: no --corpus then"
+        "--data", type=folder, help="folder that `glabench data prepare` made: no --corpus then"
     )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument(
@@ -99,10 +105,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument(
-        "--books", type=Path, help="long documents, for `evaluate`; default the shipped sample"
+        "--books", type=folder, help="long documents, for `evaluate`; default the shipped sample"
     )
     parser.add_argument("--lengths", default="2k..24k", help="of `evaluate`: ends of buckets of 2k positions")
-    parser.add_argument("--tasks-from", type=Path, help="folder of TASK.jsonl; without it no lm-eval")
+    parser.add_argument("--tasks-from", type=folder, help="folder of TASK.jsonl; without it no lm-eval")
     parser.add_argument("--tasks", default="paper,recall-like")
     parser.add_argument("--eval-batch", type=int, default=128, help="requests in a forward pass of lm-eval")
     parser.add_argument("--docs", type=int, help="books, and documents a task, at most; for trying out")

@@ -29,7 +29,7 @@ def models(json_: opt.Json = False) -> None:
     epilog="Example: glabench convert gla-340M-15B gla-340m --layout glabench",
 )
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A local folder: config.json, safetensors.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A local checkpoint or a training run.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
     layout: Annotated[str, typer.Option(help="fla (flash-linear-attention's) or glabench.")],
     json_: opt.Json = False,
@@ -41,9 +41,8 @@ def convert(
     if json_:
         print_json(done)
     else:
-        typer.echo(
-            f"wrote {target}: {done['tensors']} tensors of {done['model_type']}, {done['layout']} layout"
-        )
+        what = f"{done['tensors']} tensors of {done['model_type']}, {done['layout']} layout"
+        typer.echo(f"wrote {target} from {done['source']}: {what}")
 
 
 data = typer.Typer(cls=Group, rich_markup_mode=None, no_args_is_help=True)

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from glabench.errors import DONE, RESULT_SAYS_NO, GlabenchError
 
 INTERRUPTED = 130
+RESUMABLE = ("speed", "memory", "decode", "run", "throughput", "extrapolate", "lm-eval", "recall")
 
 
 class Group(TyperGroup):
@@ -28,9 +29,17 @@ class Group(TyperGroup):
                 typer.echo(f"error: {err}", err=True)
             raise typer.Exit(err.exit_code) from None
         except KeyboardInterrupt:
-            again = "" if ctx.invoked_subcommand in ("data", "train", "tune") else " with --resume"
-            typer.echo(f"interrupted: what is written is safe; the same command{again} goes on", err=True)
+            typer.echo(f"interrupted: {_what_now(ctx.invoked_subcommand)}", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _what_now(verb: str | None) -> str:
+    """What a user who broke a verb off does next."""
+    if verb in ("data", "train"):
+        return "what is written is safe; the same command goes on"
+    if verb in RESUMABLE:
+        return "what is written is safe; the same command with --resume goes on"
+    return "the same command begins anew"
 
 
 def print_json(document: Any) -> None:

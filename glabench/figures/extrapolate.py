@@ -16,6 +16,7 @@ from glabench.results import read_rows
 PUBLISHED_BUCKET = 2048  # the paper's; beside other buckets its numbers would mislead
 DATASETS = {"ppl_pg19": "PG19", "ppl_slimpajama_test": "SlimPajama"}
 FAMILY_OF = {"Transformer++": "attention", "RetNet": "retention", "Mamba": "mamba", "GLA": "gla"}
+LOST = 10.0  # times the least value: a line above it would leave the others no room
 CUT = 2.0  # times a panel's least value: lines that rise above it leave the frame, as in the paper's figure
 HEADINGS = ("checkpoint", "context", ">to position", "status", ">perplexity", ">95% interval", ">bits/byte")
 HEADINGS += (">documents", "reason")
@@ -266,10 +267,14 @@ def _looks(lines: Iterable[Line]) -> dict[str, fs.Look]:
 
 
 def _top(lines: Sequence[Line]) -> float:
-    """The highest value inside the frame: of the lines that stay within CUT times the least value."""
+    """The highest value inside the frame: of the lines that stay within CUT times the least value.
+
+    A line that begins higher, by less than LOST, has its own least value: it is drawn, not only named.
+    """
     values = [[y for _, y, *_ in line.points] for line in lines if line.points]
     least = min((min(ys) for ys in values), default=1.0)
-    staying = [max(ys) for ys in values if max(ys) <= CUT * least]
+    floors = [min(ys) if CUT * least < min(ys) <= LOST * least else least for ys in values]
+    staying = [max(ys) for ys, floor in zip(values, floors, strict=True) if max(ys) <= CUT * floor]
     return max(staying or [y for ys in values for y in ys if y <= CUT * least], default=1.0)
 
 

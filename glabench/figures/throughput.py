@@ -62,6 +62,8 @@ def _figure(rows: Rows, size: str) -> Any:
             axes = figure.add_axes(box, label=f"{condition} {name}")
             _bars(axes, mine, arms, name, scale)
             axes.set_title(f"{title}: {condition}", loc="left", fontsize=fs.TEXT_PT, fontweight="bold")
+            if condition == conditions[-1]:
+                axes.set_xlabel("tokens a sequence × sequences a step")  # noqa: RUF001
     _legend(figure, arms, rows, height, has_published)
     return figure
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -24,6 +25,8 @@ def prepare(config: PreTrainedConfig) -> None:
     """Before transformers builds a model: where it is a Mamba, let it find what computes best here."""
     if isinstance(config, MambaConfig | Mamba2Config):
         use_installed_kernels()
+        if not has_cuda():  # else transformers asks for kernels that this machine could not run
+            logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     if isinstance(config, MambaConfig):
         use_chunked_scan()
 

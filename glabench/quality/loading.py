@@ -17,7 +17,7 @@ from glabench.corpus.tokenizer import Tokenizer
 from glabench.errors import UsageError
 from glabench.models import checkpoints
 from glabench.models.config import LinearAttentionConfig
-from glabench.training.checkpoint import FOLDER, STATE, find
+from glabench.training.checkpoint import FOLDER, STATE, newest
 from glabench.training.folder import IDENTITY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,10 +52,9 @@ def describe(folder: Path, tokenizer: str | None = None) -> Checkpoint:
     what the run that made it recorded. Raises: UsageError.
     """
     name = folder.resolve().name
-    if not (folder / "config.json").is_file() and (steps := find(folder)):
-        folder = steps[-1][1]
-    elif folder.resolve().parent.name == FOLDER:
+    if folder.resolve().parent.name == FOLDER:
         name = f"{folder.resolve().parent.parent.name}-{name}"
+    folder = newest(folder)
     config = _config(folder)
     state = _json(folder / STATE)
     words = _tokenizer(folder, state.get("tokenizer") or {}, tokenizer)

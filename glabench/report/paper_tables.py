@@ -13,6 +13,7 @@ from glabench.results import write_whole
 MODELS = {"glabench_gla": "GLA", "glabench_retnet": "RetNet", "mamba": "Mamba", "llama": "Transformer++"}
 SIZES = {"340M": 340e6, "1.3B": 1.3e9}
 SAME_SIZE = 1.5  # parameters may differ by this factor and still be the published size
+LONG = 1e5  # from here numbers are written with an exponent
 LEVEL = 1.96  # standard errors of ours within which a difference counts as noise
 SHORT = {"lambada_openai": "lambada", "squad_completion": "squad", "average": "average"}
 SUFFIX = {"word_perplexity": "ppl", "perplexity": "ppl", "contains": "", "": ""}
@@ -158,13 +159,14 @@ def _cell(ours: tuple[float, float | None, str] | None) -> str:
     if ours is None:
         return ""
     value, error, mark = ours
-    return f"{_number(value)}{mark}" + (f" ± {_number(error)}" if error is not None else "")
+    form = ".2f" if max(abs(value), abs(error or 0.0)) < LONG else ".2e"  # both alike
+    return f"{value:{form}}{mark}" + (f" ± {error:{form}}" if error is not None else "")
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.2e}"
+    return f"{value:.2f}" if abs(value) < LONG else f"{value:.2e}"
 
 
 def _size(parameters: int) -> str:

@@ -374,9 +374,11 @@ def show(done: dict[str, Any]) -> None:
     """A line a checkpoint and protocol, a column a bucket; what has no perplexity below."""
     rows = done["rows"]
     ends = sorted({int(r["bucket"]) * int(r["bucket_tokens"]) for r in rows})
+    sizes = {r["bucket_tokens"] for r in rows}  # a resumed folder may hold several
     lines: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     for r in rows:
-        lines.setdefault((r["impl"], r["protocol"]), {})[int(r["bucket"]) * int(r["bucket_tokens"])] = r
+        protocol = r["protocol"] + (f", buckets of {r['bucket_tokens']}" if len(sizes) > 1 else "")
+        lines.setdefault((r["impl"], protocol), {})[int(r["bucket"]) * int(r["bucket_tokens"])] = r
     headings = [f"{e // 1024}k" if e % 1024 == 0 else str(e) for e in ends]
     body = []
     for (name, protocol), cells in lines.items():

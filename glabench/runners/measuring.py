@@ -24,7 +24,7 @@ from glabench.errors import UnavailableError, UsageError
 from glabench.registry import Implementation
 from glabench.results import read_rows, rows_path
 from glabench.rows import BAD, ROWS, columns
-from glabench.runners.request import Request, Watch, known_failure
+from glabench.runners.request import Request, Watch, check_seconds, known_failure
 from glabench.runners.sweep import Sweep
 from glabench.suite import Suite, load_suite
 
@@ -159,8 +159,7 @@ def _of_shapes(suite: Suite, wanted: str) -> tuple[Case, ...]:
 
 def _limited(regime: Regime, limits: dict[str, float | None]) -> Regime:
     for name, value in limits.items():
-        if value is not None and value <= 0:
-            raise UsageError(f"{value:g} is not a time", where=name, fix="give seconds above 0")
+        check_seconds(value, "--" + name.removesuffix("_s").replace("_", "-"))
     return replace(regime, **{name: value for name, value in limits.items() if value is not None})
 
 
@@ -315,6 +314,7 @@ def _speed_cells() -> tuple[tuple[str, ...], tuple[Callable[[dict], str], ...]]:
 
     def flags(row: dict) -> str:
         named = {"launch_bound": "launch-bound", "syncs_inside": "syncs", "async_outside": "async"}
+        named["shared_device"] = "shared device"
         words = [word for name, word in named.items() if row[name] == "yes"]
         return ", ".join(words + (["not converged"] if row["converged"] == "no" else []))
 

@@ -1,5 +1,6 @@
 """`glabench models` and `glabench convert`: the shipped configurations, and checkpoints between layouts."""
 
+from pathlib import Path
 from typing import Any
 
 from glabench import tables
@@ -43,11 +44,13 @@ def show(found: dict[str, Any]) -> None:
 
 
 def convert(source: str, target: str, layout: str) -> dict[str, Any]:
-    """Write a checkpoint in another layout; what was written. Raises UsageError."""
+    """Write a checkpoint, or a run's newest, in another layout; what was written. Raises UsageError."""
     _require()
     from glabench.models import checkpoints
+    from glabench.training.checkpoint import newest
 
-    return checkpoints.convert(source, target, layout)
+    folder = newest(Path(source))
+    return {"source": str(folder), **checkpoints.convert(folder, target, layout)}
 
 
 def _require() -> None:

@@ -16,6 +16,7 @@ from glabench.installed import is_installed
 from glabench.quality.mixers import MIXERS, head_widths, mixer
 from glabench.quality.recall_rows import KEYS
 from glabench.registry import Implementation
+from glabench.runners.request import check_seconds
 
 PANELS = Path(__file__).parents[1] / "quality" / "recall_panels.toml"
 SETS = {"paper": ("a", "b")}  # panels that go together
@@ -305,8 +306,7 @@ def request(
         raise UnavailableError(
             "transformers is not installed", where="glabench recall", fix="pip install 'glabench[models]'"
         )
-    if cell_limit is not None and cell_limit <= 0:
-        raise UsageError(f"{cell_limit:g} is not a time", where="--cell-limit", fix="give seconds above 0")
+    check_seconds(cell_limit, "--cell-limit")
     grids = panels(panel, changes, device)
     mixers = dict.fromkeys(name for one in grids for name in one.mixers)
     impls, fixed = implementations_for([MIXERS[name].family for name in mixers], impl, device)

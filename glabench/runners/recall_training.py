@@ -277,7 +277,8 @@ def _phases(queue: Sequence[Cell]) -> list[list[Cell]]:
 def _told(row: RecallRow) -> str:
     if row.status != "ok":
         return f"{row.status}: {row.reason}"
+    end = "solved" if row.stop == "solved" else "not solved"
     return (
         f"{100 * row.acc_token_frac:.1f}% of queries, {100 * row.acc_example_frac:.1f}% of examples, "
-        f"{row.epochs} epochs ({row.stop}), {row.train_s:.1f} s, the last epoch {row.epoch_s:.2f} s"
+        f"{row.epochs} epochs ({end}), {row.train_s:.1f} s, the last epoch {row.epoch_s:.2f} s"
     )

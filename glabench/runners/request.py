@@ -1,5 +1,6 @@
 """What a sweep is asked for, and what it keeps of one implementation at one grid point."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,12 @@ MAX_AHEAD = 24  # processes that compile at once
 CORES_AHEAD = 2  # what one of them keeps busy: with fewer its cold start would be its neighbours' doing
 CONTEXT_MIB = 600  # of a process on a GPU
 AHEAD_COPIES = 1.5  # of inputs, outputs and gradients: what a call holds while its kernels are compiled
+
+
+def check_seconds(value: float | None, where: str) -> None:
+    """Raises UsageError for a limit that is no time: 0, negative, endless or no number."""
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"{value:g} is not a time", where=where, fix="give seconds above 0")
 
 
 class Watch(Protocol):

@@ -11,7 +11,7 @@ from glabench.errors import UnavailableError, UsageError
 from glabench.installed import is_installed
 from glabench.pool import Worker
 from glabench.rows import BAD, ThroughputRow, columns
-from glabench.runners.request import Watch
+from glabench.runners.request import Watch, check_seconds
 from glabench.runners.throughput_run import CONDITIONS, PEER, Cell, Point, Request, Run, known_failure
 
 MODELS = "glabench.runners.step_models"
@@ -50,8 +50,7 @@ def request(
             fix = "pip install 'glabench[train]'"
             raise UnavailableError(f"{package} is not installed", where="throughput", fix=fix)
     for name, value in (("--cell-limit", cell_limit), ("--cold-limit", cold_limit)):
-        if value is not None and value <= 0:
-            raise UsageError(f"{value:g} is not a time", where=name, fix="give seconds above 0")
+        check_seconds(value, name)
     device = env.pick_device(device)
     base = DEFAULTS[device.split(":")[0]]
     known = tuple(CONDITIONS)

@@ -25,7 +25,7 @@ from glabench.pool import Outcome, Worker, wait_any
 from glabench.registry import Implementation
 from glabench.results import write_whole
 from glabench.runners import tune_variants, turns
-from glabench.runners.request import MAX_AHEAD
+from glabench.runners.request import MAX_AHEAD, check_seconds
 from glabench.runners.sweep import CHECK_TOKENS
 from glabench.runners.tune_variants import RULE, Trial, Variants, Whole
 
@@ -160,8 +160,7 @@ def from_command(
     for name in impls:
         if name not in known:
             raise UsageError(f"{name!r} has no plan to tune", where="--impl", fix=nearest(name, known))
-    if limit is not None and limit <= 0:
-        raise UsageError(f"{limit:g} is not a time", where="--limit", fix="give seconds above 0")
+    check_seconds(limit, "--limit")
     request = Request(
         impls=impls,
         shapes=_shapes(shape, widths),

@@ -33,6 +33,12 @@ def find(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(m.group(1)), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)))
 
 
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a training run; any other folder as it is."""
+    steps = [] if (folder / "config.json").is_file() else find(folder)
+    return steps[-1][1] if steps else folder
+
+
 def sweep(out: Path) -> None:
     """Remove what a killed run left half written or half removed."""
     folder = out / FOLDER

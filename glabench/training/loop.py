@@ -182,7 +182,7 @@ def _fit(trainer: Trainer, out: Path, extra: dict[str, Any], rows: MetricsFile |
         meter(settings.steps, "step", done=trainer.step, silent=rows is None) as bar,
         _asked_to_stop() as stop,
     ):
-        if trainer.step:
+        if 0 < trainer.step < settings.steps:
             bar.say(f"going on from step {trainer.step}")
         while trainer.step < settings.steps:
             started, rate = time.perf_counter(), learning_rate(trainer.step, settings)

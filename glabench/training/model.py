@@ -1,5 +1,6 @@
 """A [model] table -> a Hugging Face causal language model: a shipped one, or one of transformers' own."""
 
+from textwrap import shorten
 from typing import Any
 
 from glabench.errors import GlabenchError, UnavailableError, UsageError, nearest
@@ -78,6 +79,5 @@ def _built(build: Any, where: str) -> Any:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as err:
         lines = str(err).strip().splitlines() or [type(err).__name__]
-        raise UsageError(
-            f"cannot build it: {lines[0]}", where=where, fix="check the keys of [model]"
-        ) from err
+        reason = shorten(lines[0], width=160, placeholder=" ...")  # some list every model there is
+        raise UsageError(f"cannot build it: {reason}", where=where, fix="check the keys of [model]") from err

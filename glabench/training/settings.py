@@ -156,7 +156,7 @@ def load(
     if steps is not None:
         recipe["steps"] = steps
         # a shorter run keeps its warm-up in proportion: a tenth at most
-        recipe["warmup_steps"] = min(recipe.get("warmup_steps", 0), max(1, steps // 10))
+        recipe["warmup_steps"] = min(recipe.get("warmup_steps", 0), max(1, steps // 10), steps - 1)
     if micro_batch is not None:
         recipe["micro_batch"] = micro_batch
     recipe |= {key: True for key, on in (("fused", fused), ("compile", compiled)) if on}
@@ -206,7 +206,8 @@ def _value(key: str, value: Any, where: str) -> Any:
         return value
     if key == "betas" and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_value("eps", beta, where) for beta in value)
-    expected = "two numbers" if key == "betas" else f"a {kind.__name__}, not negative"
+    words = {float: "a number, not negative", int: "a whole number, not negative", bool: "true or false"}
+    expected = "two numbers" if key == "betas" else words.get(kind, "a word in quotes")
     raise UsageError(f"{value!r} does not fit {key}", where=where, fix=f"write {expected}")
 
 
