@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import eval_calls as calls
 import pytest
@@ -225,6 +226,9 @@ def test_of_a_checkpoint_that_went_on_training_the_tables_have_the_later_weights
     )
     (sheet,) = paper_tables.sheets([early, late])
     assert [line[4] for line in sheet.lines] == ["60.00 ± 1.00", "64.80", "-4.80"]
+    early, late = (replace(r, started_utc=f"2026-01-0{day}") for r, day in ((early, 2), (late, 1)))
+    (sheet,) = paper_tables.sheets([early, late])  # scored again, its case still stands first
+    assert sheet.lines[0][4] == "50.00 ± 1.00"
     assert sum("earlier weights" in note for note in paper_tables.notes([early, late])) == 1
     assert not any("earlier weights" in note for note in paper_tables.notes([late]))
     other = row("piqa", "acc", 0.5, 0.01, checkpoint="another", checkpoint_digest="a")

@@ -10,7 +10,7 @@ from glabench import paper
 from glabench.figures import style as fs
 from glabench.figures.panels import NAME_GAP_PT, Footer, Page, Series, draw_names
 from glabench.figures.rows import device_name, runs_of, slug, typed
-from glabench.quality.extrapolate_rows import FILE, REPEATS, BucketRow, ExtrapolateRow, RepeatRow
+from glabench.quality.extrapolate_rows import FILE, KINDS, REPEATS, BucketRow, ExtrapolateRow, RepeatRow
 from glabench.results import read_rows
 
 PUBLISHED_BUCKET = 2048  # the paper's; beside other buckets its numbers would mislead
@@ -196,7 +196,7 @@ def repeat_rows(sheet: Sheet, repeats: Sequence[RepeatRow]) -> list[list[str]]:
     for arm, row in arms.items():
         buckets = sorted(b for a, b in cells if a == arm)
         for bucket in dict.fromkeys([*buckets[:1], *buckets[-1:]]):
-            found = [cells[arm, bucket].get(kind) for kind in ("repeated", "other")]
+            found = [cells[arm, bucket].get(kind) for kind in KINDS]
             end = fs.tokens_text(bucket * row.bucket_tokens)
             words = (w for r in found for w in (_nats(r), f"{r.n_tokens:,}" if r else ""))
             lines.append([row.impl, _protocol(row), end, *words])

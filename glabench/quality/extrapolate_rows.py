@@ -11,7 +11,7 @@ from glabench.results import append_whole, cut_torn_line
 from glabench.rows import Row
 
 VERB, FILE, DOCUMENTS = "extrapolate", "extrapolate.csv", "documents.jsonl"
-REPEATS = "repeats.csv"
+REPEATS, KINDS = "repeats.csv", ("repeated", "other")
 Protocol = Literal["document", "state_passing", "sliding"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 
@@ -65,7 +65,7 @@ class ExtrapolateRow(BucketRow):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepeatRow(BucketRow):
-    """The part of a bucket's loss that lies on tokens of one `kind`: see glabench.quality.repeats."""
+    """The part of a bucket's loss that lies on tokens of one of KINDS: see glabench.quality.repeats."""
 
     MEASURED: ClassVar[str] = "nll_nats"
 

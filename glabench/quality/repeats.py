@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from glabench.quality.extrapolate_rows import KINDS
 from glabench.quality.intervals import bootstrap
-
-KINDS = ("repeated", "other")
 
 
 def is_repeated(ids: np.ndarray) -> np.ndarray:

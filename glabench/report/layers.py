@@ -107,8 +107,12 @@ def _times(sheet: Sheet) -> str:
             fastest[point] = min(fastest.get(point, r.time_ms), r.time_ms)
     for r in rows:
         marks.append("best" if r.time_ms is not None and r.time_ms == fastest[r.passes, r.seqlen] else "")
-    flags = {"launch_bound": "launch-bound", "syncs_inside": "syncs", "async_outside": "async outside"}
-    flags["shared_device"] = "shared device"
+    flags = {
+        "launch_bound": "launch-bound",
+        "syncs_inside": "syncs",
+        "async_outside": "async outside",
+        "shared_device": "shared device",
+    }
     lines = []
     for r in rows:
         notes = [word for name, word in flags.items() if getattr(r, name) == "yes"]

@@ -74,7 +74,7 @@ def _named(row: ScoreRow) -> tuple[str, ...]:
 
 def _newest(rows: Iterable[ScoreRow]) -> dict[tuple[str, ...], str]:
     """The digest of the weights that were scored last, by checkpoint."""
-    return {_named(r): r.checkpoint_digest for r in rows}
+    return {_named(r): r.checkpoint_digest for r in sorted(rows, key=lambda r: r.started_utc)}
 
 
 def transposed(sheet: Sheet) -> Sheet:

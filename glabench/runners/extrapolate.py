@@ -243,9 +243,10 @@ class Arm:
         self.common["wall_s"] = round(time.perf_counter() - started, 3)
         intervals = _intervals(records)
         for bucket in wanted:
-            for repeat in self._repeats(bucket, records, failure):
-                self.parent.repeats.append(repeat)
-            self.parent.rows.append(self._row(bucket, records, intervals, failure))
+            row = self._row(bucket, records, intervals, failure)
+            for part in self._repeats(bucket, records) if row.status == "ok" else ():
+                self.parent.repeats.append(part)
+            self.parent.rows.append(row)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """The losses of every document, from documents.jsonl where they are there."""
@@ -328,20 +329,19 @@ class Arm:
             n_bytes=width,
         )
 
-    def _repeats(
-        self, bucket: int, records: list[dict[str, Any]], failure: tuple[str, str] | None
-    ) -> Iterator[RepeatRow]:
-        """Of a bucket that has a perplexity, a row each for the tokens seen before and for the others."""
+    def _repeats(self, bucket: int, records: list[dict[str, Any]]) -> Iterator[RepeatRow]:
+        """A row each for the bucket's tokens that were seen before and for the others."""
         from glabench.quality import repeats
 
-        if failure or self._failed(bucket, records) or not all("repeated_nats" in r for r in records):
+        if not all("repeated_nats" in r for r in records):
             return  # documents of an earlier version are not told apart
+        settled = self.parent.repeats.settled(self.parent.replicate)
         for kind, mean, interval, tokens in repeats.means(bucket, records):
             fields = self._key_fields(bucket)
             fields["case"] = env.digest({"case": fields["case"], "kind": kind})
             low, high = interval or (None, None)
             measured = {"nll_nats": mean, "nll_lo_nats": low, "nll_hi_nats": high, "n_tokens": tokens}
-            if RowFile.key(fields) not in self.parent.repeats.settled(self.parent.replicate):
+            if RowFile.key(fields) not in settled:
                 yield RepeatRow(**fields, kind=kind, **measured)
 
     def _failed(self, bucket: int, records: list[dict[str, Any]]) -> tuple[str, str] | None:

@@ -313,8 +313,12 @@ def _speed_cells() -> tuple[tuple[str, ...], tuple[Callable[[dict], str], ...]]:
         return f"{tables.number(row['time_lo_ms'])}..{tables.number(row['time_hi_ms'])}"
 
     def flags(row: dict) -> str:
-        named = {"launch_bound": "launch-bound", "syncs_inside": "syncs", "async_outside": "async"}
-        named["shared_device"] = "shared device"
+        named = {
+            "launch_bound": "launch-bound",
+            "syncs_inside": "syncs",
+            "async_outside": "async",
+            "shared_device": "shared device",
+        }
         words = [word for name, word in named.items() if row[name] == "yes"]
         return ", ".join(words + (["not converged"] if row["converged"] == "no" else []))
 
